@@ -1,0 +1,106 @@
+"""The engine's arguments, with vLLM's names and defaults where the meaning is the same."""
+
+import math
+from dataclasses import dataclass, field
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from jaxserve.errors import ConfigError
+
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+ATTENTION_BACKENDS = ("auto", "xla", "tpu", "gpu", "reference")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything that shapes an engine. Values are checked, once, in `__post_init__`.
+
+    None means: decided at start-up, from the model, the device and the free memory.
+    """
+
+    model: str = "demo"  # "demo", a Hugging Face folder, or a .gguf file
+    tokenizer: str | None = None  # folder; None: the model's own
+    skip_tokenizer_init: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    hf_overrides: dict[str, Any] = field(default_factory=dict)  # laid over config.json
+    served_model_name: str | None = None
+    generation_config: str = "auto"  # "auto": the model's; "vllm": none; or a folder
+    chat_template: str | None = None  # a file, or the template itself
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None  # tokens, prompt and output together
+    max_num_seqs: int | None = None  # rows
+    max_num_batched_tokens: int | None = None  # tokens a step
+    gpu_memory_utilization: float = 0.9  # share of the device's memory that the engine may use
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    block_size: int | None = None  # tokens a KV page
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    async_scheduling: bool = True  # one step in flight ahead of the host
+    max_num_queued_reqs: int | None = None
+    attention_backend: Literal["auto", "xla", "tpu", "gpu", "reference"] = "auto"
+    layer_loop: Literal["auto", "scan", "unroll"] = "auto"
+    enforce_eager: bool = False  # accepted; XLA always compiles
+    max_logprobs: int = 20  # -1: the whole vocabulary
+    seed: int = 0
+    compilation_cache_dir: str | None = None  # None: $JAXSERVE_CACHE_DIR, else ~/.cache/jaxserve
+    warm_up: bool = True
+    forbid_late_compile: bool = False  # a compile after warm-up raises (tests)
+    disable_log_stats: bool = False
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+def _problems(c: EngineConfig) -> Iterator[str]:
+    """What is wrong with a config, each as one sentence that names the argument."""
+    if c.trust_remote_code:
+        yield (
+            "trust_remote_code=True is refused: jaxserve never runs code from a model folder. "
+            "Leave it out; supported architectures load without it"
+        )
+    for name, allowed in (
+        ("dtype", DTYPES),
+        ("load_format", LOAD_FORMATS),
+        ("attention_backend", ATTENTION_BACKENDS),
+        ("scheduling_policy", ("fcfs", "priority")),
+        ("layer_loop", ("auto", "scan", "unroll")),
+    ):
+        value = getattr(c, name)
+        if value not in allowed:
+            yield f"{name}={value!r} is unknown; use one of {', '.join(allowed)}"
+    for name in (
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "kv_cache_memory_bytes",
+        "num_gpu_blocks_override",
+        "block_size",
+        "max_num_queued_reqs",
+    ):
+        value = getattr(c, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            yield f"{name}={value!r} is not an integer; pass a whole number of at least 1"
+        elif value < 1:
+            yield f"{name}={value} is too small; use at least 1"
+    if c.block_size is not None and c.block_size in range(1, 1 << 20):
+        if c.block_size & (c.block_size - 1) or not 8 <= c.block_size <= 128:
+            yield f"block_size={c.block_size} is not usable; use 8, 16, 32, 64 or 128"
+    if c.max_logprobs < -1:
+        yield f"max_logprobs={c.max_logprobs} is too small; use -1 for the whole vocabulary"
+    u = c.gpu_memory_utilization
+    if not (isinstance(u, int | float) and math.isfinite(u) and 0 < u <= 1):
+        yield f"gpu_memory_utilization={u!r} is out of range; use more than 0 and at most 1"
+    if not -(2**63) <= c.seed < 2**63:
+        yield f"seed={c.seed} is out of range; use a 64-bit integer"
+    if not isinstance(c.model, str) or not c.model:
+        yield f"model={c.model!r} is not a name; use 'demo', a model folder, or a .gguf file"
