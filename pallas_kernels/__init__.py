@@ -1,0 +1,1 @@
+"""Paged-attention kernels and their matmul companions: JAX only, usable without jaxserve."""
