@@ -1,6 +1,6 @@
 """What crosses between the frontend and the engine. Pure data: no JAX."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from jaxserve.sampling_params import SamplingParams
@@ -48,9 +48,18 @@ class TokenLogprobs(NamedTuple):
     rank: int  # of the chosen token: the number of logits >= its own, so 1 is best
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenDelta:
-    """New tokens of one choice of a request. Times are `time.monotonic()` seconds."""
+class RequestTimes(NamedTuple):
+    arrival_s: float = 0.0
+    scheduled_s: float = 0.0  # first step that computed any of it
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+
+class TokenDelta(NamedTuple):
+    """New tokens of one choice of a request. Times are `time.monotonic()` seconds.
+
+    A NamedTuple because 256 of these are built each step.
+    """
 
     request_id: str
     choice: int
@@ -61,11 +70,4 @@ class TokenDelta:
     stop_reason: int | None = None  # the stop token id that ended it, if not EOS
     error: str | None = None  # set when finish_reason is "error"
     num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
-    times: "RequestTimes" = field(default_factory=lambda: RequestTimes())
-
-
-class RequestTimes(NamedTuple):
-    arrival_s: float = 0.0
-    scheduled_s: float = 0.0  # first step that computed any of it
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
+    times: RequestTimes = RequestTimes()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxserve.request import Request, TokenLogprobs
+from jaxserve.request import Request, TokenDelta, TokenLogprobs
 
 
 class RowPlan(NamedTuple):
@@ -84,3 +84,12 @@ class StepStats:
     num_prefix_hits: int  # tokens found there since start
     host_s: float  # scheduling, batch building and update of this step
     device_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOutput:
+    """One message from the engine to its client, at most one a step."""
+
+    deltas: tuple[TokenDelta, ...]
+    stats: StepStats | None = None
+    error: str | None = None  # the engine has stopped; this is its last message

@@ -1,0 +1,54 @@
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint unit bench lock install clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+
+export PYTHON
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: install  ## several prompts at once on the demo model, streamed to the terminal
+	@$(BIN)/jaxserve demo
+
+test: lint unit  ## everything CI checks: format, lint, types, tests
+
+lint: install  ## format, lint and types only
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+unit: install  ## tests only; JOBS=n processes, ARGS="--slow -k name" for pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+bench: install  ## throughput and latency of the demo model on this machine
+	$(BIN)/jaxserve bench throughput --model demo
+	$(BIN)/jaxserve bench latency --model demo
+
+lock: install  ## resolve requirements.lock again; ARGS=--upgrade for the newest versions
+	@$(PIP) install uv
+	@index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
+	$(BIN)/uv pip compile pyproject.toml --extra demo --extra dev --extra bench \
+	    --universal --python-version 3.12 --generate-hashes --no-annotate \
+	    --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+	    --quiet --output-file requirements.lock $${index:+--default-index "$$index"} $(ARGS)
+
+install: $(VENV)/.installed  ## the virtual environment alone
+
+$(VENV)/.locked: requirements.lock
+	@python=$$(.ci/find_python) && "$$python" -m venv --clear $(VENV)
+	@echo "Installing the locked packages into $(VENV) (once; a few minutes) ..."
+	@$(PIP) install --require-hashes --no-deps -r requirements.lock
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.locked pyproject.toml
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:  ## remove the environment, caches and build products
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

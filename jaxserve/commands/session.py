@@ -1,0 +1,53 @@
+"""Opens an engine for a command: progress and the start-up table go to stderr."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from jaxserve.config import EngineConfig
+
+if TYPE_CHECKING:
+    from jaxserve.commands.streams import Streamer
+    from jaxserve.llm import LLM
+
+
+def open_llm(config: EngineConfig, *, quiet: bool = False) -> "LLM":
+    """The synchronous engine, ready to serve.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedError: See `Engine`.
+    """
+    from jaxserve.llm import LLM
+
+    llm = LLM.from_engine_args(_with_progress(config, quiet))
+    _show(llm, quiet)
+    return llm
+
+
+@contextmanager
+def open_streamer(config: EngineConfig, *, quiet: bool = False) -> "Iterator[Streamer]":
+    """The same for a command that streams; the engine stops at the end of the block."""
+    from jaxserve.async_llm import AsyncLLM
+    from jaxserve.commands.streams import Streamer
+
+    llm = AsyncLLM.from_engine_args(_with_progress(config, quiet))
+    try:
+        _show(llm, quiet)
+        yield Streamer(llm)
+    finally:
+        llm.shutdown()
+
+
+def _with_progress(config: EngineConfig, quiet: bool) -> EngineConfig:
+    return replace(config, show_progress=config.show_progress and not quiet and sys.stderr.isatty())
+
+
+def _show(llm: Any, quiet: bool) -> None:
+    from rich.console import Console
+
+    from jaxserve.commands.startup_table import print_startup_table
+
+    if not quiet:
+        print_startup_table(llm.summary(), Console(stderr=True))

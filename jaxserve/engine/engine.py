@@ -1,0 +1,191 @@
+"""The engine: one thread that schedules, launches and reads back, one step ahead of the host."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from jaxserve.checkpoint import Checkpoint
+from jaxserve.config import EngineConfig
+from jaxserve.errors import EngineDeadError, RequestError
+from jaxserve.request import Abort, Request, TokenDelta
+from jaxserve.runner.results import Launched
+from jaxserve.runner.runner import Runner
+from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.step import EngineOutput, StepPlan, StepStats
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves requests from a thread of its own; results arrive in `outbox`, one message a step.
+
+    Raises:
+        ConfigError: An argument cannot work with this model or device.
+        CheckpointError: The model is damaged or incomplete.
+        UnsupportedError: The model's architecture is not implemented.
+    """
+
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
+        self._config = config
+        self._model_name = checkpoint.name
+        self.runner = Runner(config, checkpoint)
+        s = self.runner.settings
+        self.vocab_size = self.runner.spec.vocab_size
+        self.max_model_len = s.max_model_len
+        self.scheduler = Scheduler(
+            num_blocks=self.runner.num_pages,
+            block_size=s.page_size,
+            max_num_seqs=s.max_num_seqs,
+            max_num_batched_tokens=s.max_num_batched_tokens,
+            max_model_len=s.max_model_len,
+            enable_prefix_caching=config.enable_prefix_caching,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+            policy=config.scheduling_policy,
+        )
+        if config.warm_up:
+            self.runner.warm_up()
+        self.outbox: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | Abort | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._dead: str | None = None
+        self._num_queued = 0  # submitted and not yet admitted; read without a lock, as an estimate
+        self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+        self._reset_cache = threading.Event()
+
+    # What clients call, from any thread
+
+    def start(self) -> None:
+        """Starts the loop."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            RequestError: It can never fit, or the queue is full.
+            EngineDeadError: The engine has stopped.
+        """
+        if self._dead is not None or self._stop.is_set():
+            raise EngineDeadError(f"the engine has stopped: {self._dead or 'it was shut down'}")
+        limit = self._config.max_num_queued_reqs
+        if limit is not None and self._num_queued >= limit:
+            raise RequestError(
+                f"{self._num_queued} requests are waiting, the limit max_num_queued_reqs is "
+                f"{limit}. Try again later",
+                code="server_overloaded",
+            )
+        self.scheduler.check(request)
+        self._inbox.put(request)
+
+    def abort(self, command: Abort) -> None:
+        """Ends a request, or one of its choices; without effect if it has ended."""
+        self._inbox.put(command)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets every cached prefix, at the next step that finds no request running."""
+        self._reset_cache.set()
+        self._inbox.put(None)
+        return True
+
+    def shutdown(self) -> None:
+        """Stops the loop and frees the device's memory. Running requests end with an error."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+        self.runner.close()
+
+    def summary(self) -> dict[str, object]:
+        """What the start-up table shows."""
+        r, s = self.runner, self.runner.settings
+        tokens = (r.num_pages - 1) * s.page_size
+        passed_over = "; ".join(f"{name}: {why}" for name, why in r.attention_reasons.items())
+        return {
+            "model": self._model_name,
+            "parameters": r.spec.num_parameters,
+            "dtype": str(s.dtype),
+            "device": r.device.label,
+            "attention backend": r.attention_backend,
+            "other backends": passed_over,
+            "layer loop": "scan" if s.scan_layers else "unrolled",
+            "weight bytes": r.weight_bytes,
+            "weight load s": r.load_s,
+            "KV bytes": r.num_pages * r.bytes_a_page,
+            "KV pages": r.num_pages,
+            "page size": s.page_size,
+            "KV tokens": tokens,
+            "max_model_len": s.max_model_len,
+            "max_num_seqs": s.max_num_seqs,
+            "max_num_batched_tokens": s.max_num_batched_tokens,
+            "max concurrency": tokens / s.max_model_len,
+            "compile s": r.compile_s,
+        }
+
+    @property
+    def num_late_compiles(self) -> int:
+        """XLA compilations in live traffic; always 0 unless something is wrong."""
+        return self.runner.compiles.count
+
+    # The loop
+
+    def _run(self) -> None:
+        try:
+            with self.runner.compiles.watch():
+                self._loop()
+        except Exception as error:  # the loop ends; everyone who waits is told
+            logger.exception("the engine stopped")
+            self._dead = f"{type(error).__name__}: {error}"
+        else:
+            self._dead = "it was shut down"
+        self.outbox.put(EngineOutput(deltas=(), error=self._dead))
+
+    def _loop(self) -> None:
+        in_flight: Launched | None = None  # at most one step ahead of the host
+        ahead = self._config.async_scheduling
+        while not self._stop.is_set():
+            idle = in_flight is None and self.scheduler.idle
+            deltas: list[TokenDelta] = []
+            for command in self._drain(block=idle):
+                deltas.extend(self.scheduler.accept(command))
+            if idle and self._reset_cache.is_set():
+                self._reset_cache.clear()
+                self.scheduler.reset_prefix_cache()
+            start = time.perf_counter()
+            plan = self.scheduler.schedule()
+            launched = None if plan is None else self.runner.launch(plan)
+            host_s = time.perf_counter() - start
+            if not ahead and launched is not None:
+                in_flight, launched = launched, None
+            stats = None
+            if in_flight is not None:
+                result = self.runner.wait(in_flight)
+                start = time.perf_counter()
+                deltas.extend(self.scheduler.update(in_flight.plan, result))
+                host_s += time.perf_counter() - start
+                stats = self._stats(in_flight.plan, host_s, result.device_s)
+            if deltas or stats is not None:
+                self.outbox.put(EngineOutput(deltas=tuple(deltas), stats=stats))
+            in_flight = launched
+            if self._config.forbid_late_compile and self.num_late_compiles:
+                raise AssertionError(f"{self.num_late_compiles} compilations in live traffic")
+
+    def _drain(self, *, block: bool) -> Iterator[Request | Abort]:
+        """All commands that have come; waits for one if there is nothing else to do."""
+        try:
+            command = self._inbox.get(block=block)
+            while True:
+                if command is not None:
+                    yield command
+                command = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _stats(self, plan: StepPlan, host_s: float, device_s: float) -> StepStats:
+        stats = self.scheduler.stats(plan)
+        self._num_queued = stats.num_waiting
+        return replace(stats, host_s=host_s, device_s=device_s)

@@ -1,0 +1,1 @@
+"""Building blocks of models. `kernels` is the one door to `pallas_kernels`."""

@@ -1,0 +1,38 @@
+"""The one door to `pallas_kernels`: everything above sees this module and never a kernel."""
+
+from dataclasses import dataclass
+
+import jax
+from jax import Array
+
+from pallas_kernels.attention import paged_attention
+from pallas_kernels.backend import choose_backend
+from pallas_kernels.kv_write import kv_pages_shape
+from pallas_kernels.types import AttentionSpec, KVSpec, PageMetadata
+
+__all__ = ["AttentionSpec", "KVSpec", "Kernels", "PageMetadata", "choose_backend", "kv_pages_shape"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The chosen implementation of each op, as static data that a layer holds."""
+
+    attention_backend: str
+
+    def attend(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        kv_pages: Array,
+        pages: PageMetadata,
+        layer: jax.typing.ArrayLike,
+        spec: AttentionSpec,
+    ) -> tuple[Array, Array]:
+        """Writes k, v [T, K, H] into the cache, then attends with q [T, N, H].
+
+        Returns the attention output [T, N, H] and the cache, which is updated in place if donated.
+        """
+        return paged_attention(
+            q, k, v, kv_pages, pages, layer, spec=spec, backend=self.attention_backend
+        )

@@ -1,0 +1,1 @@
+"""What is computed: one decoder, and families that are data."""

@@ -1,0 +1,1 @@
+"""Makes it run: device state, shape buckets, the jitted step, sampling, compiling."""

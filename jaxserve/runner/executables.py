@@ -1,0 +1,75 @@
+"""Every executable that live traffic can need, compiled before it starts."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+NUM_WORKERS = 2
+
+
+@dataclass(slots=True)
+class CompileCounter:
+    """Counts XLA compilations on the threads that are being watched."""
+
+    count: int = 0
+    _threads: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, duration: float, **_: object) -> None:
+        if event == COMPILE_EVENT and threading.get_ident() in self._threads:
+            self.count += 1
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Counts what this thread compiles from here on."""
+        self._threads.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._threads.discard(threading.get_ident())
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One function to compile for one set of shapes."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]  # ShapeDtypeStructs
+    donate: tuple[int, ...] = ()
+
+
+def compile_all(
+    jobs: list[Job], *, precision: str | None, show_progress: bool
+) -> tuple[dict[str, Any], float]:
+    """Compiles the jobs, several at a time; returns executables by name, and seconds taken.
+
+    Tracing holds the interpreter's lock, XLA's compiler does not.
+    """
+    start = time.perf_counter()
+
+    def compile_one(job: Job) -> tuple[str, Any]:
+        with jax.default_matmul_precision(precision or "default"):
+            lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.arguments)
+        return job.name, lowered.compile()
+
+    with ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="jaxserve-compile") as pool:
+        done = pool.map(compile_one, jobs)
+        if show_progress:
+            from tqdm.auto import tqdm
+
+            done = tqdm(done, total=len(jobs), desc="Compiling", unit="shape", leave=False)
+        executables = dict(done)
+    return executables, time.perf_counter() - start

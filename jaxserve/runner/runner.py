@@ -1,0 +1,305 @@
+"""The runner: owns the device's state, launches steps and reads their results."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxserve.checkpoint import Checkpoint
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError
+from jaxserve.layers.kernels import Kernels, choose_backend, kv_pages_shape
+from jaxserve.models import registry
+from jaxserve.request import Request
+from jaxserve.runner import compile_cache, device, kv_cache
+from jaxserve.runner.batch import Layout, PageUpdate, RowParameters, pack, token_buckets
+from jaxserve.runner.executables import CompileCounter, Job, compile_all
+from jaxserve.runner.model import split_model
+from jaxserve.runner.results import Launched, PromptScores, read
+from jaxserve.runner.row_state import (
+    UPLOADED,
+    RowShapes,
+    flags_of,
+    load_sampling,
+    load_tokens,
+    pack_sampling,
+    pack_tokens,
+)
+from jaxserve.runner.settings import Settings, resolve
+from jaxserve.runner.step import DeviceState, make_prompt_logprobs, make_step
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.step import NewRow, StepPlan, StepResult
+from jaxserve.weights.loader import load_weights
+
+INT32 = jnp.dtype(jnp.int32)
+
+
+class Runner:
+    """Loads a model onto the device and runs steps there.
+
+    Raises:
+        ConfigError: An argument cannot work with this model or device.
+        CheckpointError: The weights are not what the config promises.
+    """
+
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
+        device.prepare_backend(config.gpu_memory_utilization)
+        self._cache_folder = compile_cache.enable(config.compilation_cache_dir)
+        self._show_progress = config.show_progress
+        self.device = device.detect()
+        architecture = registry.architecture(checkpoint.config)
+        self.spec = registry.spec_from_config(checkpoint.config)
+        self.settings = resolve(
+            config, self.spec, self.device, model_dtype=_dtype_name(checkpoint.config)
+        )
+        s = self.settings
+        attention = self.spec.attention(page_size=s.page_size, dtype=s.dtype)
+        try:
+            self.attention_backend, self.attention_reasons = choose_backend(
+                config.attention_backend,
+                attention,
+                platform=self.device.platform,
+                device_kind=self.device.kind,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self._model = split_model(
+            self.spec,
+            page_size=s.page_size,
+            kernels=Kernels(self.attention_backend),
+            dtype=s.dtype,
+            scan_layers=s.scan_layers,
+        )
+        start = time.perf_counter()
+        loaded = load_weights(
+            checkpoint,
+            self._model.sources(architecture, self.spec.num_layers),
+            dtype=s.dtype,
+            load_format=config.load_format,
+            seed=config.seed,
+        )
+        self._weights: list[Array] = [loaded.pop(name) for name in self._model.names]
+        jax.block_until_ready(self._weights)
+        self.load_s = time.perf_counter() - start
+        self.weight_bytes = sum(w.nbytes for w in self._weights)
+        self.bytes_a_page = kv_cache.page_bytes(attention.kv, self.spec.num_layers)
+        self._shapes = RowShapes(
+            max_num_seqs=s.max_num_seqs,
+            max_model_len=s.max_model_len,
+            page_size=s.page_size,
+            vocab_size=self.spec.vocab_size,
+        )
+        self._layouts = {
+            t: Layout(t, self._shapes) for t in token_buckets(s.max_num_batched_tokens)
+        }
+        self.num_pages = kv_cache.num_pages(
+            config,
+            self.device,
+            bytes_a_page=self.bytes_a_page,
+            page_size=s.page_size,
+            max_model_len=s.max_model_len,
+            max_num_seqs=s.max_num_seqs,
+            weight_bytes=self.weight_bytes,
+            step_bytes=self._estimated_step_bytes(),
+        )
+        self.compiles = CompileCounter()
+        self.compile_s = 0.0
+        self._executables: dict[str, Any] = {}
+        self._kv_spec = attention.kv
+        self._parameters = RowParameters(self._shapes)
+        self._held: dict[int, list[list[int]]] = {}  # row -> per group, the pages it holds
+        self._requests: dict[int, Request] = {}  # row -> request
+        self._last_finished_s = 0.0
+        self._state = self._allocate()
+        self._compile()
+
+    # Start-up
+
+    def _estimated_step_bytes(self) -> int:
+        """Temporaries of the largest step: activations, and float32 logits in a few copies."""
+        s, m = self.settings, self.spec
+        width = 2 * m.intermediate_size + 4 * m.hidden_size + m.num_heads * m.head_dim * 4
+        rows = min(s.max_num_batched_tokens, s.max_num_seqs)
+        return s.max_num_batched_tokens * width * 4 + 5 * rows * m.vocab_size * 4 + (256 << 20)
+
+    def _abstract_state(self) -> DeviceState:
+        kv = kv_pages_shape(self._kv_spec, self.spec.num_layers, self.num_pages)
+        return DeviceState((kv,), self._shapes.abstract())  # pyright: ignore[reportArgumentType]
+
+    def _allocate(self) -> DeviceState:
+        shapes = self._abstract_state()
+        with jax.default_device(self.device.device):
+            return jax.jit(
+                lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            )()
+
+    def _compile(self) -> None:
+        s, state = self.settings, self._abstract_state()
+        weights = list(self._model.shapes)
+
+        def ints(size: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((size,), INT32)
+
+        def loader(name: str, function: Callable, size: int) -> Job:
+            def load(state: DeviceState, blob: Array) -> DeviceState:
+                return state._replace(rows=function(self._shapes, state.rows, blob))
+
+            return Job(name, load, (state, ints(size)), donate=(0,))
+
+        zero = Request(
+            request_id="", prompt_token_ids=(), sampling=SamplingParams(), max_tokens=1, eos_token_id=None
+        )
+        jobs = [
+            loader("load_tokens", load_tokens, pack_tokens(self._shapes, 0, ((),), ()).size),
+            loader("load_sampling", load_sampling, pack_sampling(self._shapes, 0, zero).size),
+        ]
+        for t, layout in sorted(self._layouts.items(), reverse=True):
+            step = make_step(
+                layout, self._model, num_pages=(self.num_pages,), max_logprobs=s.max_logprobs
+            )
+            jobs.append(Job(f"step_{t}", step, (weights, state, ints(layout.size)), donate=(1,)))
+            hidden = jax.ShapeDtypeStruct((t, self.spec.hidden_size), s.dtype)
+            score = make_prompt_logprobs(t, self._model, max_logprobs=s.max_logprobs)
+            jobs.append(Job(f"prompt_logprobs_{t}", score, (weights, hidden, ints(t))))
+        float32 = s.dtype == jnp.float32
+        self._executables, self.compile_s = compile_all(
+            jobs, precision="highest" if float32 else None, show_progress=self._show_progress
+        )
+        compile_cache.seal(self._cache_folder)
+
+    def warm_up(self) -> None:
+        """Runs the smallest and the largest step once, on the null page."""
+        for t in (min(self._layouts), max(self._layouts)):
+            empty = StepPlan(rows=(), new_rows=(), num_tokens=0)
+            blob = pack(self._layouts[t], empty, self._parameters, ([],))
+            self._state, sampled, _ = self._executables[f"step_{t}"](
+                self._weights, self._state, jax.device_put(blob)
+            )
+            jax.block_until_ready(sampled)
+
+    def memory_analysis(self) -> dict[int, Any]:
+        """XLA's memory figures for each token bucket's step."""
+        return {t: self._executables[f"step_{t}"].memory_analysis() for t in self._layouts}
+
+    # Steps
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """Sends a step to the device and returns at once."""
+        bucket = next(t for t in self._layouts if t >= plan.num_tokens)
+        layout, there = self._layouts[bucket], self.device.device
+        launched_s = time.monotonic()
+        updates = self._take_pages(plan)
+        blob = pack(layout, plan, self._parameters, updates)
+        self._state, sampled, hidden = self._executables[f"step_{bucket}"](
+            self._weights, self._state, jax.device_put(blob, there)
+        )
+        sampled.token_ids.copy_to_host_async()
+        scores = None
+        if any(row.wants_prompt_logprobs for row in plan.rows):
+            targets, spans = self._prompt_targets(plan, bucket)
+            score = self._executables[f"prompt_logprobs_{bucket}"]
+            scores = PromptScores(
+                *score(self._weights, hidden, jax.device_put(targets, there)), spans
+            )
+        num_logprobs = layout.views(blob)["num_logprobs"]
+        return Launched(plan, sampled, num_logprobs, scores, launched_s)
+
+    def wait(self, launched: Launched) -> StepResult:
+        """Blocks until a step is done and returns what it produced."""
+        rows = read(launched)
+        finished_s = time.monotonic()
+        device_s = finished_s - max(launched.launched_s, self._last_finished_s)
+        self._last_finished_s = finished_s
+        return StepResult(rows=rows, finished_s=finished_s, device_s=device_s)
+
+    def close(self) -> None:
+        """Frees the device's memory."""
+        self.compiles.close()
+        for array in jax.tree.leaves((self._weights, self._state)):
+            if not array.is_deleted():
+                array.delete()
+        self._executables = {}
+
+    # Rows
+
+    def _take_pages(self, plan: StepPlan) -> tuple[list[PageUpdate], ...]:
+        """Brings the rows' state up to date; returns the new pages that the step itself enters."""
+        for new in plan.new_rows:
+            self._enter(new)
+        whole = {new.row: new for new in plan.new_rows if any(new.block_ids)}
+        updates: tuple[list[PageUpdate], ...] = tuple([] for _ in range(self._shapes.num_groups))
+        for row in plan.rows:
+            held = self._held[row.row]
+            for group, pages in enumerate(row.new_block_ids):
+                if pages:
+                    if row.row not in whole:
+                        first = len(held[group])
+                        updates[group].extend(
+                            PageUpdate(row.row, first + i, page) for i, page in enumerate(pages)
+                        )
+                    held[group].extend(pages)
+        for new in whole.values():
+            blocks = tuple(self._held[new.row])
+            self._load("load_tokens", pack_tokens(self._shapes, new.row, blocks, new.token_ids))
+        return updates
+
+    def _enter(self, new: NewRow) -> None:
+        """Takes a row over for a sequence."""
+        request, p = new.request, new.request.sampling
+        self._held[new.row] = [list(ids) for ids in new.block_ids]
+        self._requests[new.row] = request
+        flags = flags_of(request)
+        seed = (request.seed + new.choice) & (2**64 - 1)
+        low, high = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32)
+        prompt_len = len(request.prompt_token_ids)
+        num_logprobs = -1 if p.logprobs is None else p.logprobs
+        if p.logprobs == -1:
+            num_logprobs = self.settings.max_logprobs  # the whole vocabulary
+        self._parameters.set(
+            new.row,
+            prompt_lens=prompt_len,
+            min_lens=prompt_len + p.min_tokens,
+            flags=flags,
+            top_k=max(p.top_k, 0),
+            seed_low=low,
+            seed_high=high,
+            num_logprobs=num_logprobs,
+            temperature=0.0 if p.greedy else p.temperature,
+            top_p=p.top_p,
+            min_p=p.min_p,
+            presence=p.presence_penalty,
+            frequency=p.frequency_penalty,
+            repetition=p.repetition_penalty,
+        )
+        if flags & UPLOADED:
+            self._load("load_sampling", pack_sampling(self._shapes, new.row, request))
+
+    def _load(self, name: str, blob: np.ndarray) -> None:
+        blob_there = jax.device_put(blob, self.device.device)
+        self._state = self._executables[name](self._state, blob_there)
+
+    def _prompt_targets(
+        self, plan: StepPlan, bucket: int
+    ) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]]:
+        """The prompt token after each token of the step, where one follows; and whose is where."""
+        targets = np.zeros(bucket, np.int32)
+        spans, at = {}, 0
+        for row in plan.rows:
+            if row.wants_prompt_logprobs:
+                request = self._requests[row.row]
+                first = row.num_computed_tokens + 1
+                following = request.prompt_token_ids[first : first + row.num_tokens]
+                targets[at : at + len(following)] = following
+                wanted = request.sampling.prompt_logprobs or 0
+                count = self.settings.max_logprobs if wanted == -1 else wanted
+                spans[row.seq_id] = (at, at + len(following), count)
+            at += row.num_tokens
+        return targets, spans
+
+
+def _dtype_name(config: Mapping[str, Any]) -> str | None:
+    return config.get("dtype") or config.get("torch_dtype")

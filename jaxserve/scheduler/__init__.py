@@ -1,0 +1,1 @@
+"""Decides what runs in each step: block accounting, prefix cache, admission, preemption."""

@@ -1,0 +1,1 @@
+"""Bytes to arrays: reading, dequantising, stacking and placing a checkpoint's tensors."""

@@ -1,0 +1,220 @@
+"""Loading: checks that a checkpoint holds what a model wants, then places every parameter.
+
+Parameters are made one after another, and shard after shard: the host holds at most one shard
+beside what is already on the devices. On the CPU backend the finished host array *is* the
+device's (zero copy), so it is 64-byte aligned and never touched again.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from jaxserve.checkpoint import Checkpoint, TensorInfo, WeightSource
+from jaxserve.errors import CheckpointError, UnsupportedError
+from jaxserve.weights.dummy import dummy_weights
+from jaxserve.weights.reader import TensorFiles, read_into, readable_encodings
+
+MAX_PROBLEMS = 8  # named in an error; the others are counted
+MAX_THREADS = 8
+_ALIGNMENT = 64  # what XLA wants to use a host buffer in place
+# Buffers that old checkpoints carry; models compute them.
+_DERIVED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", "rope_freqs.weight")
+
+type Progress = Callable[[int, int], None]
+type Index = tuple[slice, ...]
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    wanted: Mapping[str, WeightSource],
+    *,
+    dtype: np.typing.DTypeLike,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    load_format: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, jax.Array]:
+    """Read a model's parameters onto its devices.
+
+    Args:
+        checkpoint: Where the tensors are.
+        wanted: Parameter name -> the tensors it is made of.
+        dtype: Of every parameter.
+        shardings: Of parameters; one without goes to the default device. Each process reads
+            only the slices of its own devices.
+        load_format: "dummy" makes random weights instead of reading.
+        seed: Of dummy weights.
+        progress: Called with bytes done and bytes in all, in the parameters' dtype.
+
+    Raises:
+        CheckpointError: Tensors are missing, unexpected or of the wrong shape: all in one error.
+        UnsupportedError: Tensors are in an encoding that is not implemented.
+    """
+    target = np.dtype(dtype)
+    places = shardings or {}
+    if load_format == "dummy":
+        return dummy_weights(wanted, dtype=target, shardings=places, seed=seed)
+    check_weights(checkpoint, wanted)
+    report = _Progress(wanted, target, progress)
+    weights = {}
+    with TensorFiles() as files, ThreadPoolExecutor(_num_threads()) as pool:
+        for name, source in wanted.items():
+            maker = _Maker(checkpoint, source, target, files, pool, report)
+            weights[name] = maker.place(places.get(name))
+    report.finish()
+    return weights
+
+
+def check_weights(checkpoint: Checkpoint, wanted: Mapping[str, WeightSource]) -> None:
+    """Raise one error that names everything in which a checkpoint differs from a model."""
+    used = {name for source in wanted.values() for name in source.names}
+    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    missing = sorted(used - checkpoint.tensors.keys())
+    unexpected = sorted(
+        name
+        for name in checkpoint.tensors.keys() - used
+        if not name.endswith(_DERIVED) and not (tied and name == "lm_head.weight")
+    )
+    problems = [
+        *_listed("missing", missing),
+        *_listed("unexpected", unexpected),
+        *_listed("of the wrong shape", list(_wrong_shapes(checkpoint, wanted))),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"model {checkpoint.name!r}: the weights do not fit its config: "
+            f"{'; '.join(problems)}. Check that config.json belongs to these files"
+        )
+    encodings = readable_encodings()
+    unknown = [
+        f"{name} ({checkpoint.tensors[name].encoding})"
+        for name in sorted(used)
+        if checkpoint.tensors[name].encoding not in encodings
+    ]
+    if unknown:
+        listed = "".join(_listed("in an unsupported encoding", unknown))
+        raise UnsupportedError(
+            f"model {checkpoint.name!r}: {listed}. Supported: {', '.join(encodings)}"
+        )
+
+
+def _listed(problem: str, names: list[str]) -> Iterator[str]:
+    if names:
+        more = f" and {len(names) - MAX_PROBLEMS} more" if len(names) > MAX_PROBLEMS else ""
+        yield f"{len(names)} {problem}: {', '.join(names[:MAX_PROBLEMS])}{more}"
+
+
+def _wrong_shapes(checkpoint: Checkpoint, wanted: Mapping[str, WeightSource]) -> Iterator[str]:
+    for source in wanted.values():
+        expected = tensor_shape(source)
+        for name in source.names:
+            info = checkpoint.tensors.get(name)
+            if info is not None and info.shape != expected:
+                yield f"{name} is {info.shape}, the config needs {expected}"
+
+
+def tensor_shape(source: WeightSource) -> tuple[int, ...]:
+    """The shape in the checkpoint of each tensor of a source."""
+    if len(source.names) != (source.shape[0] if source.stacked else 1):
+        raise ValueError(f"{len(source.names)} tensors cannot make {source}")
+    shape = source.shape[1:] if source.stacked else source.shape
+    return (*shape[:-2], shape[-1], shape[-2]) if source.transpose else shape
+
+
+class _Maker:
+    """Makes one parameter."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        source: WeightSource,
+        dtype: np.dtype,
+        files: TensorFiles,
+        pool: ThreadPoolExecutor,
+        report: "_Progress",
+    ) -> None:
+        self.infos = [checkpoint.tensors[name] for name in source.names]
+        self.source = source
+        self.dtype = dtype
+        self.files = files
+        self.pool = pool
+        self.report = report
+
+    def place(self, sharding: jax.sharding.Sharding | None) -> jax.Array:
+        shape = self.source.shape
+        if sharding is None:
+            return jax.device_put(self.read(tuple(slice(0, n) for n in shape)))
+        shards: list[jax.Array] = []
+        made: dict[tuple[tuple[int, int], ...], jax.Array] = {}
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            spans = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
+            if spans in made:  # a replica: copy between devices instead of reading again
+                shards.append(jax.device_put(made[spans], device))
+                continue
+            part = jax.device_put(self.read(tuple(slice(*span) for span in spans)), device)
+            # The transfer is finished before the next shard is allocated: that bounds the host.
+            made[spans] = part.block_until_ready()
+            shards.append(part)
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+    def read(self, index: Index) -> np.ndarray:
+        """One slice of the parameter as a new host array."""
+        out = aligned_empty(tuple(s.stop - s.start for s in index), self.dtype)
+        if not self.source.stacked:
+            self._read_tensor(self.infos[0], index, out)
+            return out
+        layers = range(index[0].start, index[0].stop)
+        jobs = [
+            self.pool.submit(self._read_tensor, self.infos[layer], index[1:], out[number])
+            for number, layer in enumerate(layers)
+        ]
+        for job in jobs:
+            job.result()
+        return out
+
+    def _read_tensor(self, info: TensorInfo, index: Index, out: np.ndarray) -> None:
+        target = out
+        if self.source.transpose:
+            index, target = (*index[:-2], index[-1], index[-2]), out.swapaxes(-1, -2)
+        read_into(self.files, info, index, target)
+        self.report.add(out.nbytes)
+
+
+class _Progress:
+    """Counts bytes of parameters, from several threads."""
+
+    def __init__(
+        self, wanted: Mapping[str, WeightSource], dtype: np.dtype, call: Progress | None
+    ) -> None:
+        sizes = (int(np.prod(source.shape, dtype=np.int64)) for source in wanted.values())
+        self.total = sum(sizes) * dtype.itemsize
+        self.done = 0
+        self.call = call
+        self.lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        if self.call is not None:
+            with self.lock:
+                self.done += nbytes
+                self.call(min(self.done, self.total), self.total)
+
+    def finish(self) -> None:
+        """Of several processes, each reads only its part: the end is reported all the same."""
+        if self.call is not None and self.done < self.total:
+            self.call(self.total, self.total)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that XLA's CPU backend can use without a copy."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    skip = -raw.ctypes.data % _ALIGNMENT
+    return raw[skip : skip + nbytes].view(dtype).reshape(shape)
+
+
+def _num_threads() -> int:
+    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0))))

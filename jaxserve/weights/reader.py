@@ -1,0 +1,171 @@
+"""Reading any part of one stored tensor, in bounded memory.
+
+Plain reads, not a memory map: a map's pages count as the process's memory, and a file that
+shrinks while it is mapped kills the process. A short read is an error with a name instead.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from jaxserve.checkpoint import TensorInfo
+from jaxserve.errors import CheckpointError
+from jaxserve.weights.gguf import BLOCK_FORMATS, dequantize, unpermute_rows
+from jaxserve.weights.safetensors import PLAIN
+
+CHUNK_VALUES = 1 << 20  # decoded at a time, by each thread
+
+
+def readable_encodings() -> tuple[str, ...]:
+    """The encodings that can be turned into floating-point weights."""
+    return (*PLAIN, *BLOCK_FORMATS)
+
+
+class TensorFiles:
+    """The open files of a checkpoint; a context manager, usable from several threads."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
+        """Fill a contiguous array with the bytes of a tensor that begin at `start`."""
+        if not 0 <= start <= start + out.nbytes <= info.nbytes:
+            raise ValueError(f"bytes {start} to {start + out.nbytes} are not in {info}")
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        position = info.offset + start
+        try:
+            descriptor = self._open(info.file)
+            while view:
+                count = os.preadv(descriptor, [view[: 1 << 30]], position)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{info.file} became shorter while tensor {info.name!r} was read; "
+                        "leave the file alone while it loads"
+                    )
+                view, position = view[count:], position + count
+        except OSError as error:
+            raise CheckpointError(
+                f"{info.file} cannot be read: {error.strerror}; check the disk"
+            ) from error
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[path]
+
+
+def read_into(
+    files: TensorFiles,
+    info: TensorInfo,
+    index: tuple[slice, ...],
+    out: np.ndarray,
+) -> None:
+    """Fill `out` with `tensor[index]`, converted to its dtype.
+
+    Args:
+        files: Open files.
+        info: The tensor; its shape is Hugging Face's.
+        index: One slice of step 1 per axis.
+        out: Shape of the result; any strides.
+    """
+    shape = info.shape
+    if len(shape) <= 1:
+        # A vector is a row; but one whose entries belong to the rows of a matrix is a column.
+        column = info.permute_heads is not None
+        matrix, axis = ((*shape, 1), -1) if column else ((1, *(shape or (1,))), 0)
+        whole = slice(0, 1)
+        spans = (index[0], whole) if column else (whole, index[0] if index else whole)
+        _read_matrix(files, info, 0, matrix, spans, np.expand_dims(out, axis))
+        return
+    strides = np.cumprod([1, *reversed(shape[:-2])])[-2::-1] if len(shape) > 2 else []
+    lead = [range(*s.indices(n)) for s, n in zip(index[:-2], shape[:-2], strict=True)]
+    for position in np.ndindex(*(len(r) for r in lead)):
+        number = sum(int(m) * r[p] for m, r, p in zip(strides, lead, position, strict=True))
+        first_row = number * shape[-2]
+        _read_matrix(files, info, first_row, shape[-2:], index[-2:], out[position])
+
+
+def _read_matrix(
+    files: TensorFiles,
+    info: TensorInfo,
+    first_row: int,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    out: np.ndarray,
+) -> None:
+    """`read_into` for one matrix of a tensor, which begins at row `first_row`."""
+    (top, bottom, _), (left, right, _) = (s.indices(n) for s, n in zip(index, shape, strict=True))
+    if top >= bottom or left >= right:
+        return
+    values, block_bytes = _block(info.encoding)
+    row_bytes = shape[1] // values * block_bytes
+    as_stored = PLAIN.get(info.encoding) == out.dtype and info.permute_heads is None
+    if as_stored and (left, right) == (0, shape[1]) and out.flags.c_contiguous:
+        files.read(info, (first_row + top) * row_bytes, out)
+        return
+    head_dim = shape[0] // info.permute_heads if info.permute_heads else 1
+    for start, stop in _row_chunks(top, bottom, head_dim, shape[1]):
+        raw = np.empty((stop - start, row_bytes), np.uint8)
+        files.read(info, (first_row + start) * row_bytes, raw)
+        first, last = left // values, -(-right // values)  # only the blocks that are asked for
+        raw = raw[:, first * block_bytes : last * block_bytes]
+        rows = _decode(raw, info.encoding)[:, left - first * values : right - first * values]
+        if info.permute_heads:
+            rows = unpermute_rows(rows, head_dim)
+        begin, end = max(start, top), min(stop, bottom)
+        _store(rows[begin - start : end - start], out[begin - top : end - top], info)
+
+
+def _block(encoding: str) -> tuple[int, int]:
+    """Values and bytes of one block; a plain number is a block of one."""
+    if encoding in PLAIN:
+        return 1, PLAIN[encoding].itemsize
+    return BLOCK_FORMATS[encoding].values, BLOCK_FORMATS[encoding].nbytes
+
+
+def _row_chunks(top: int, bottom: int, unit: int, width: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover rows `top` to `bottom`, made of whole units (heads)."""
+    step = max(1, CHUNK_VALUES // (width * unit)) * unit
+    start, end = top // unit * unit, -(-bottom // unit) * unit
+    for row in range(start, end, step):
+        yield row, min(row + step, end)
+
+
+def _decode(raw: np.ndarray, encoding: str) -> np.ndarray:
+    """Bytes [rows, bytes of a row] -> values [rows, values of a row]."""
+    raw = np.ascontiguousarray(raw)
+    if encoding in PLAIN:
+        return raw.view(PLAIN[encoding])
+    return dequantize(raw, encoding, len(raw))
+
+
+def _store(values: np.ndarray, out: np.ndarray, info: TensorInfo) -> None:
+    """Copy with conversion; a finite value that becomes infinite is an error."""
+    try:
+        with np.errstate(over="raise", invalid="ignore"):
+            out[...] = values
+    except FloatingPointError:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name!r} has values that {out.dtype.name} cannot hold; "
+            "use --dtype bfloat16 or float32"
+        ) from None

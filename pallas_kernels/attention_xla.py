@@ -1,0 +1,203 @@
+"""Attention over paged KV in plain XLA: the CPU's backend, and that of chips without a kernel.
+
+Online softmax over chunks of pages (FlashAttention, arXiv 2205.14135), in two loops whose trip
+counts follow the data: one over the context of all decode rows at once, one over tiles of the
+other rows' queries. The cache is only ever gathered from.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.kv_write import split_kv
+from pallas_kernels.types import AttentionSpec, PageMetadata
+
+_DECODE_CHUNK = 64  # kv tokens of each row a step of the decode loop reads
+_PREFILL_CHUNK = 128  # kv tokens a step of the prefill loop reads
+_QUERY_TILE = 32  # queries of one row that share a pass over its context
+_NEVER = float(jnp.finfo(jnp.float32).min)  # a logit that is not seen: finite, so no NaN comes of it
+
+
+class _Softmax(NamedTuple):
+    """Online softmax: the state after some of the context has been seen. All float32."""
+
+    top: Array  # [..., 1] largest logit
+    total: Array  # [..., 1] sum of exp(logit - top)
+    out: Array  # [..., H] sum of exp(logit - top) * v
+
+
+def attend_xla(
+    q: Array,  # [T, N, H]
+    kv_pages: Array,  # [L * num_pages, page_size, 2K, H], with this step's tokens written
+    pages: PageMetadata,
+    layer: int | Array,
+    *,
+    spec: AttentionSpec,
+) -> Array:
+    """Attention of every token to its row's tokens up to itself: [T, N, H]. Padding gets zeros."""
+    num_kv_heads, head_dim = spec.kv.num_kv_heads, spec.kv.head_dim
+    num_tokens = q.shape[0]
+    grouped = q.reshape(num_tokens, num_kv_heads, -1, head_dim)  # [T, K, G, H]
+    first_page = jnp.asarray(layer, jnp.int32) * pages.num_pages
+
+    decoded = _attend_decode(grouped, kv_pages, pages, first_page, spec=spec)
+    out = jnp.pad(decoded, ((0, num_tokens - decoded.shape[0]), (0, 0), (0, 0), (0, 0)))
+    if num_tokens > 1:
+        out = _attend_prefill(grouped, out, kv_pages, pages, first_page, spec=spec)
+    else:
+        out = lax.cond(
+            pages.num_decode_rows < pages.num_rows,
+            lambda: _attend_prefill(grouped, out, kv_pages, pages, first_page, spec=spec),
+            lambda: out,
+        )
+    return out.reshape(q.shape)
+
+
+def _attend_decode(
+    q: Array,  # [T, K, G, H]
+    kv_pages: Array,
+    pages: PageMetadata,
+    first_page: Array,
+    *,
+    spec: AttentionSpec,
+) -> Array:
+    """Attention of the leading decode rows, whose one token is row i's token i: [B, K, G, H]."""
+    num_rows = min(q.shape[0], pages.kv_lens.shape[0])
+    q = q[:num_rows]
+    is_decode = jnp.arange(num_rows, dtype=jnp.int32) < pages.num_decode_rows
+    kv_lens = jnp.where(is_decode, pages.kv_lens[:num_rows], 0)
+    table, pages_per_chunk = _chunked(pages.page_table[:num_rows], _DECODE_CHUNK, spec)
+    chunk = pages_per_chunk * spec.kv.page_size
+    first = jnp.where(is_decode, _first_seen(kv_lens - 1, spec), jnp.iinfo(jnp.int32).max)
+
+    def step(index: Array, state: _Softmax) -> _Softmax:
+        ids = lax.dynamic_slice_in_dim(table, index * pages_per_chunk, pages_per_chunk, axis=1)
+        k, v = _gather(kv_pages, first_page + ids, spec)  # [B, S, K, H]
+        position = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
+        seen = (position < kv_lens[:, None]) & (position >= first[:, None])  # [B, S]
+        v = jnp.where(seen[:, :, None, None], v, 0)
+        logits = _dot("bkgh,bskh->bkgs", q, k)
+        return _advance(state, logits, seen[:, None, None], v, "bkgs,bskh->bkgh", spec)
+
+    start = jnp.min(first) // chunk
+    stop = (jnp.max(kv_lens) + chunk - 1) // chunk
+    state = lax.fori_loop(start, stop, step, _start(q.shape))
+    return _finish(state).astype(q.dtype)
+
+
+def _attend_prefill(
+    q: Array,  # [T, K, G, H]
+    out: Array,  # [T, K, G, H]: zeros but for the decode rows
+    kv_pages: Array,
+    pages: PageMetadata,
+    first_page: Array,
+    *,
+    spec: AttentionSpec,
+) -> Array:
+    """Attention of the rows after the decode rows, a tile of queries at a time, into `out`."""
+    num_tokens = q.shape[0]
+    tile = min(_QUERY_TILE, num_tokens)
+    table, pages_per_chunk = _chunked(pages.page_table, _PREFILL_CHUNK, spec)
+    chunk = pages_per_chunk * spec.kv.page_size
+
+    num_queries = jnp.diff(pages.query_starts)
+    row_ids = jnp.arange(num_queries.shape[0], dtype=jnp.int32)
+    is_prefill = (row_ids >= pages.num_decode_rows) & (row_ids < pages.num_rows)
+    tiles_end = jnp.cumsum(jnp.where(is_prefill, (num_queries + tile - 1) // tile, 0))  # [B]
+
+    # A tile may reach past its row's end: it writes zeros there, which the next tiles write over.
+    pad = ((0, tile), (0, 0), (0, 0), (0, 0))
+    q, out = jnp.pad(q, pad), jnp.pad(out, pad)
+
+    def attend_tile(index: Array, out: Array) -> Array:
+        row = jnp.searchsorted(tiles_end, index, side="right", method="compare_all")
+        row_tile = index - jnp.where(row > 0, tiles_end[row - 1], 0)
+        token = pages.query_starts[row] + row_tile * tile
+        num_valid = jnp.minimum(tile, pages.query_starts[row + 1] - token)
+        position = pages.kv_lens[row] - (pages.query_starts[row + 1] - token)
+        positions = position + jnp.arange(tile, dtype=jnp.int32)  # [Q]
+        valid = jnp.arange(tile, dtype=jnp.int32) < num_valid
+        queries = lax.dynamic_slice_in_dim(q, token, tile).transpose(1, 2, 0, 3)  # [K, G, Q, H]
+        row_table = lax.dynamic_index_in_dim(table, row, keepdims=False)
+        end = position + num_valid  # of the context the tile's last query sees
+
+        def step(index: Array, state: _Softmax) -> _Softmax:
+            ids = lax.dynamic_slice_in_dim(row_table, index * pages_per_chunk, pages_per_chunk)
+            k, v = _gather(kv_pages, first_page + ids, spec)  # [S, K, H]
+            kv_position = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
+            v = jnp.where((kv_position < end)[:, None, None], v, 0)
+            seen = valid[:, None] & (kv_position <= positions[:, None])  # [Q, S]
+            if spec.window is not None:
+                seen &= kv_position > positions[:, None] - spec.window
+            logits = _dot("kgqh,skh->kgqs", queries, k)
+            return _advance(state, logits, seen, v, "kgqs,skh->kgqh", spec)
+
+        start = _first_seen(position, spec) // chunk
+        stop = (end + chunk - 1) // chunk
+        state = lax.fori_loop(start, stop, step, _start(queries.shape))
+        result = _finish(state).astype(out.dtype).transpose(2, 0, 1, 3)  # [Q, K, G, H]
+        return lax.dynamic_update_slice_in_dim(out, result, token, axis=0)
+
+    out = lax.fori_loop(0, tiles_end[-1], attend_tile, out)
+    return out[:num_tokens]
+
+
+def _chunked(table: Array, chunk: int, spec: AttentionSpec) -> tuple[Array, int]:
+    """The table, padded with null pages to whole chunks of about `chunk` tokens; pages a chunk."""
+    pages_per_chunk = min(max(1, chunk // spec.kv.page_size), table.shape[1])
+    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_per_chunk))), pages_per_chunk
+
+
+def _first_seen(position: Array, spec: AttentionSpec) -> Array:
+    """The first position a query at `position` sees."""
+    if spec.window is None:
+        return jnp.zeros_like(position)
+    return jnp.maximum(position - (spec.window - 1), 0)
+
+
+def _gather(kv_pages: Array, ids: Array, spec: AttentionSpec) -> tuple[Array, Array]:
+    """Keys and values [..., S, K, H] of pages `ids [..., P]` in order."""
+    pairs = kv_pages.at[ids].get(mode="promise_in_bounds")  # [..., P, page_size, 2K, H]
+    shape = (*ids.shape[:-1], ids.shape[-1] * spec.kv.page_size, *kv_pages.shape[2:])
+    return split_kv(pairs.reshape(shape))
+
+
+def _dot(subscripts: str, a: Array, b: Array) -> Array:
+    """Einsum in the inputs' precision, float32 out."""
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    return einsum(subscripts, a, b.astype(a.dtype), precision=lax.Precision.HIGHEST)
+
+
+def _start(shape: tuple[int, ...]) -> _Softmax:
+    row = (*shape[:-1], 1)
+    return _Softmax(
+        top=jnp.full(row, _NEVER, jnp.float32),
+        total=jnp.zeros(row, jnp.float32),
+        out=jnp.zeros(shape, jnp.float32),
+    )
+
+
+def _advance(
+    state: _Softmax, logits: Array, seen: Array, v: Array, subscripts: str, spec: AttentionSpec
+) -> _Softmax:
+    """The state after a chunk of raw logits [..., S] and values, where `seen`."""
+    logits = logits * spec.scale
+    if spec.soft_cap is not None:
+        logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
+    logits = jnp.where(seen, logits, _NEVER)
+    top = jnp.maximum(state.top, jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.where(seen, jnp.exp(logits - top), 0.0)
+    decay = jnp.exp(state.top - top)
+    return _Softmax(
+        top=top,
+        total=state.total * decay + jnp.sum(weights, axis=-1, keepdims=True),
+        out=state.out * decay + _dot(subscripts, weights.astype(v.dtype), v),
+    )
+
+
+def _finish(state: _Softmax) -> Array:
+    """The attention output; zeros where nothing was seen."""
+    return state.out / jnp.where(state.total > 0, state.total, 1.0)

@@ -1,0 +1,118 @@
+"""Whatever arrives, ends or is preempted: right tokens, no lost block, everyone finishes."""
+
+import random
+from typing import NamedTuple
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.request import Abort, Request
+from tests.scheduler.fake_runner import EOS, Engine, make_request
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 40
+
+
+class Case(NamedTuple):
+    settings: dict[str, object]
+    steps_ahead: int
+    arrivals: dict[int, list[Request | Abort]]  # by step
+
+
+@st.composite
+def requests(draw: st.DrawFn, request_id: str, num_blocks: int) -> Request:
+    """Prompts share prefixes often; every request fits the pool alone, some only just."""
+    room = min(MAX_MODEL_LEN, (num_blocks - 1) * BLOCK_SIZE)
+    num_prompt = draw(st.integers(1, room - 1))
+    shared = draw(st.integers(0, num_prompt))
+    trunk = draw(st.integers(0, 1))
+    prompt = [(trunk + i) % 3 for i in range(shared)]
+    prompt += [draw(st.integers(0, 2)) for _ in range(num_prompt - shared)]
+    max_tokens = draw(st.integers(1, room - num_prompt))
+    return make_request(
+        request_id,
+        tuple(prompt),
+        max_tokens,
+        n=draw(st.sampled_from([1, 1, 1, 2, 3])),
+        min_tokens=draw(st.integers(0, max_tokens)),
+        prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
+        eos_token_id=draw(st.sampled_from([None, EOS])),
+        stop_token_ids=draw(st.sampled_from([(), (), (3,)])),
+        priority=draw(st.integers(-1, 1)),
+        cache_salt=draw(st.sampled_from([None, None, "a"])),
+        adapter=draw(st.sampled_from([None, None, "b"])),
+        needs_host_tokens=draw(st.sampled_from([False, False, True])),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    num_blocks = draw(st.integers(3, 24))
+    chunked = draw(st.booleans())
+    arrivals: dict[int, list[Request | Abort]] = {}
+    for index in range(draw(st.integers(1, 8))):
+        request = draw(requests(f"r{index}", num_blocks))
+        step = draw(st.integers(0, 12))
+        arrivals.setdefault(step, []).append(request)
+        if draw(st.integers(0, 3)) == 0:
+            abort = Abort(
+                request_id=request.request_id,
+                choice=draw(st.sampled_from([None, 0, 1])),
+                finished=draw(st.booleans()),
+            )
+            arrivals.setdefault(step + draw(st.integers(0, 10)), []).append(abort)
+    return Case(
+        settings={
+            "num_blocks": num_blocks,
+            "block_size": BLOCK_SIZE,
+            "max_num_seqs": draw(st.integers(1, 5)),
+            "max_num_batched_tokens": draw(st.integers(1 if chunked else MAX_MODEL_LEN, 48)),
+            "max_model_len": MAX_MODEL_LEN,
+            "num_groups": draw(st.integers(1, 2)),
+            "enable_prefix_caching": draw(st.booleans()),
+            "enable_chunked_prefill": chunked,
+            "policy": draw(st.sampled_from(["fcfs", "priority"])),
+        },
+        steps_ahead=draw(st.sampled_from([0, 1, 1])),
+        arrivals=arrivals,
+    )
+
+
+def serve(case: Case) -> tuple[Engine, dict[str, Request], set[tuple[str, int]]]:
+    """Runs a case to its end; the page checks of the fake runner see every step."""
+    engine = Engine(steps_ahead=case.steps_ahead, **case.settings)
+    accepted: dict[str, Request] = {}
+    aborted: set[tuple[str, int]] = set()
+    for step in range(max(case.arrivals) + 1):
+        for command in case.arrivals.get(step, []):
+            if isinstance(command, Request):
+                accepted[command.request_id] = command
+            elif command.request_id in accepted:
+                n = accepted[command.request_id].sampling.n
+                named = range(n) if command.choice is None else [command.choice]
+                aborted |= {(command.request_id, choice) for choice in named}
+            engine.add(command)
+        if not engine.scheduler.idle or engine.in_flight:
+            engine.step()
+    engine.run()
+    return engine, accepted, aborted
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_everyone_gets_the_tokens_it_gets_alone(case: Case) -> None:
+    engine, accepted, aborted = serve(case)
+    for request in accepted.values():
+        for choice in range(request.sampling.n):
+            if (request.request_id, choice) in aborted:
+                tokens = engine.output(request.request_id, choice)
+                unhurried = Engine()
+                unhurried.add(request)
+                assert len(tokens) <= request.max_tokens
+            else:
+                engine.check_output(request, choice)
+    assert engine.num_free == engine.scheduler._blocks.pools[0].num_free * len(
+        engine.scheduler._blocks.pools
+    )
+    assert all(pool.num_held == 0 for pool in engine.scheduler._blocks.pools)
+    assert not engine.scheduler._backlog._choices
