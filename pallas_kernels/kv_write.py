@@ -7,7 +7,7 @@ therefore holds whole (key, value) pairs, and that axis is the one to shard.
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels.types import KVSpec, PageMetadata
 
@@ -35,9 +35,13 @@ def write_kv(
     num_tokens = k.shape[0]
     pairs = jnp.stack([k, v], axis=2).astype(spec.dtype)  # [T, K, 2, H]
     pairs = pairs.reshape(num_tokens, 2 * spec.num_kv_heads, spec.head_dim)
-    rows = kv_pages.reshape(-1, *kv_pages.shape[2:])  # [L * num_pages * page_size, 2K, H], a view
     first = jnp.asarray(layer, jnp.int32) * (pages.num_pages * spec.page_size)
-    rows = rows.at[first + pages.slots].set(pairs, mode="promise_in_bounds")
+    slots = first + pages.slots
+    if num_tokens == 1:  # XLA:CPU rewrites a scatter of one row into one that copies the cache
+        page, offset = slots[0] // spec.page_size, slots[0] % spec.page_size
+        return lax.dynamic_update_slice(kv_pages, pairs[None], (page, offset, 0, 0))
+    rows = kv_pages.reshape(-1, *kv_pages.shape[2:])  # [L * num_pages * page_size, 2K, H], a view
+    rows = rows.at[slots].set(pairs, mode="promise_in_bounds")
     return rows.reshape(kv_pages.shape)
 
 

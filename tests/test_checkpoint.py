@@ -300,6 +300,7 @@ def test_a_gguf_file_without_its_keys_names_the_first(tmp_path: Path) -> None:
         ("config.json", "{", "not valid JSON"),
         ("config.json", "[" * 100_000, "not valid JSON"),
         ("config.json", "\xff", "not valid JSON"),
+        ("config.json", "[" + "[]," * 1_000_000, "more than 2000000 values"),
         ("config.json", "[1]", "not hold a JSON object"),
         ("generation_config.json", "?", "not valid JSON"),
         ("tokenizer_config.json", "?", "not valid JSON"),
@@ -370,7 +371,11 @@ def test_the_same_tensor_in_two_files_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "load_format", "words"),
     [
-        ("no/such/model", "auto", "does not exist"),
+        ("no/such/model", "auto", "hf download NAME"),
+        ("~nobody-here/model", "auto", "does not exist"),
+        ("x" * 5000, "auto", "does not exist"),
+        ("a\0b", "auto", "does not exist"),
+        ("/dev/zero", "auto", "does not exist"),
         ("demo", "safetensors", "--load-format auto"),
         ("FOLDER", "gguf", "holds no GGUF file"),
     ],
@@ -386,7 +391,7 @@ def test_two_gguf_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     f32 = GGMLQuantizationType.F32
     # A name that needs no translation, and one that is translated to it.
     extra = {"model.norm.weight": ((HIDDEN,), f32, struct.pack(f"<{HIDDEN}f", *range(HIDDEN)))}
-    with pytest.raises(CheckpointError, match=r"are both model\.norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"are both 'model\.norm\.weight'"):
         open_checkpoint(str(write_gguf(tmp_path, extra=extra)))
 
 

@@ -1,5 +1,6 @@
 """The safetensors header reader: agrees with the safetensors package, survives hostile files."""
 
+import contextlib
 import json
 import struct
 import time
@@ -127,7 +128,5 @@ def test_flipped_bytes_raise_nothing_else(tmp_path: Path, data: st.DataObject) -
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     path = write(tmp_path, bytes(raw))
-    try:
+    with contextlib.suppress(CheckpointError, UnsupportedError):
         read_safetensors(path)
-    except (CheckpointError, UnsupportedError):
-        pass

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +28,14 @@ def add_common_arguments(
     add_engine_arguments(parser)
 
 
-def open_llm(args: argparse.Namespace, num_requests: int) -> "LLM":
+def open_llm(args: argparse.Namespace) -> "LLM":
     """The engine of a benchmark, after a check of its figures."""
     from jaxserve.commands.session import open_llm as open_engine
 
-    for name, low in (("input_len", 1), ("output_len", 1), ("num_iters", 1),
-                      ("num_iters_warmup", 0), ("batch_size", 1), ("num_prompts", 1)):  # fmt: skip
-        value = getattr(args, name, low)
-        if value < low:
-            raise UsageError(f"--{name.replace('_', '-')} {value} is too small; use {low} or more")
+    for name in ("input_len", "output_len", "num_prompts", "batch_size", "num_iters"):
+        value = getattr(args, name, 1)
+        if value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is too small; use 1 or more")
     if args.json is not None and not Path(args.json).absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: its folder does not exist; make it first")
     wanted = args.input_len + args.output_len
@@ -47,6 +47,11 @@ def open_llm(args: argparse.Namespace, num_requests: int) -> "LLM":
             "raise the last"
         )
     return open_engine(config, quiet=args.quiet)
+
+
+def shows_progress(args: argparse.Namespace) -> bool:
+    """Whether someone watches."""
+    return sys.stderr.isatty() and not args.quiet
 
 
 def random_prompts(

@@ -3,7 +3,13 @@
 import argparse
 import time
 
-from jaxserve.commands.bench import add_common_arguments, open_llm, random_prompts, write_json
+from jaxserve.commands.bench import (
+    add_common_arguments,
+    open_llm,
+    random_prompts,
+    shows_progress,
+    write_json,
+)
 from jaxserve.commands.parser import whole_number
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
@@ -27,13 +33,14 @@ def run(args: argparse.Namespace) -> int:
 
     from jaxserve.sampling_params import SamplingParams
 
-    llm = open_llm(args, args.batch_size)
+    llm = open_llm(args)
     latencies = []
     try:
-        sampling = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=args.output_len,
-                                  detokenize=False)  # fmt: skip
+        sampling = SamplingParams(
+            temperature=1.0, ignore_eos=True, max_tokens=args.output_len, detokenize=False
+        )
         rounds = range(-args.num_iters_warmup, args.num_iters)
-        for i in tqdm(rounds, desc="Rounds", disable=args.quiet):
+        for i in tqdm(rounds, desc="Rounds", disable=not shows_progress(args)):
             prompts = random_prompts(args, llm, args.batch_size, salt=i)
             start = time.perf_counter()
             llm.generate(prompts, sampling, use_tqdm=False)
@@ -48,7 +55,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"{percent}% percentile latency: {value:.4f} seconds")
     print(f"Output tokens/s: {args.batch_size * args.output_len / average:.2f}")
     named = {str(p): value for p, value in zip(PERCENTILES, percentiles, strict=True)}
-    write_json(
-        args, {"avg_latency": average, "latencies": latencies, "percentiles": named}
-    )
+    write_json(args, {"avg_latency": average, "latencies": latencies, "percentiles": named})
     return 0

@@ -3,7 +3,13 @@
 import argparse
 import time
 
-from jaxserve.commands.bench import add_common_arguments, open_llm, random_prompts, write_json
+from jaxserve.commands.bench import (
+    add_common_arguments,
+    open_llm,
+    random_prompts,
+    shows_progress,
+    write_json,
+)
 from jaxserve.commands.parser import whole_number
 
 USAGE = "[MODEL] [flags]"
@@ -11,22 +17,33 @@ USAGE = "[MODEL] [flags]"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, input_len=128, output_len=64)
-    parser.add_argument("--num-prompts", type=whole_number, default=32, metavar="N",
-                        help="requests, all given at once")  # fmt: skip
-    parser.add_argument("--dataset", "--dataset-name", choices=["random"], default="random",
-                        help="where prompts come from; random: random token ids")  # fmt: skip
+    parser.add_argument(
+        "--num-prompts",
+        type=whole_number,
+        default=32,
+        metavar="N",
+        help="requests, all given at once",
+    )
+    parser.add_argument(
+        "--dataset",
+        "--dataset-name",
+        choices=["random"],
+        default="random",
+        help="where prompts come from; random: random token ids",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from jaxserve.sampling_params import SamplingParams
 
-    llm = open_llm(args, args.num_prompts)
+    llm = open_llm(args)
     try:
         prompts = random_prompts(args, llm, args.num_prompts)
-        sampling = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=args.output_len,
-                                  detokenize=False)  # fmt: skip
+        sampling = SamplingParams(
+            temperature=1.0, ignore_eos=True, max_tokens=args.output_len, detokenize=False
+        )
         start = time.perf_counter()
-        outputs = llm.generate(prompts, sampling, use_tqdm=not args.quiet)
+        outputs = llm.generate(prompts, sampling, use_tqdm=shows_progress(args))
         elapsed_s = time.perf_counter() - start
     finally:
         llm.shutdown()

@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     parser.add_argument("-q", "--quick", metavar="MESSAGE", help="answer this one message and end")
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--stats", action="store_true",
-                        help="a line of figures after each answer")  # fmt: skip
+    parser.add_argument("--stats", action="store_true", help="a line of figures after each answer")
     parser.add_argument("--quiet", action="store_true", help="no start-up table, no hints")
     add_sampling_arguments(parser, without=SINGLE_ANSWER)
     add_engine_arguments(parser, without={"seed"})
@@ -111,9 +110,7 @@ class Conversation:
             print(piece, end="", flush=True)
 
         try:
-            figures = self._runner.run(
-                self.streamer.stream(self.messages, self.sampling, write)
-            )
+            figures = self._runner.run(self.streamer.stream(self.messages, self.sampling, write))
         finally:
             if written:
                 self.messages.append({"role": "assistant", "content": "".join(written)})

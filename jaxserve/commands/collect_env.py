@@ -76,7 +76,11 @@ def _cpu_model() -> str:
 
 
 def _nvidia_driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader"]
+    command = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,name,memory.total",
+        "--format=csv,noheader",
+    ]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -2,10 +2,11 @@
 
 import argparse
 import asyncio
+import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.commands.engine_args import add_engine_arguments, add_model_argument, engine_config
 from jaxserve.commands.parser import whole_number
@@ -19,6 +20,7 @@ from jaxserve.commands.sampling_args import (
 if TYPE_CHECKING:
     from jaxserve.commands.streams import Figures, Streamer
     from jaxserve.sampling_params import SamplingParams
+    from jaxserve.step import StepStats
 
 USAGE = "[MODEL] [flags]"
 QUESTIONS = (
@@ -37,8 +39,13 @@ SIZES = {"max_model_len": 1024, "max_num_seqs": 8, "max_num_batched_tokens": 256
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
-    parser.add_argument("--num-prompts", type=whole_number, default=len(QUESTIONS), metavar="N",
-                        help="questions, asked all at once")  # fmt: skip
+    parser.add_argument(
+        "--num-prompts",
+        type=whole_number,
+        default=len(QUESTIONS),
+        metavar="N",
+        help="questions, asked all at once",
+    )
     parser.add_argument("--quiet", action="store_true", help="no start-up table")
     add_sampling_arguments(parser, without=SINGLE_ANSWER)
     add_engine_arguments(parser, without={"seed"})
@@ -60,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         show = _show_live if sys.stdout.isatty() else _show_plain
         figures = runner.run(show(streamer, sampling, questions))
         elapsed_s = time.perf_counter() - start
-        print(closing_line(figures, elapsed_s, streamer))
+        llm = streamer.llm
+        print(closing_line(figures, elapsed_s, llm.engine_stats(), llm.summary()))
     return 0
 
 
@@ -112,7 +120,7 @@ async def _show_live(
         try:
             figures = await asyncio.gather(
                 *(
-                    streamer.stream(_message(question), sampling, _appender(pieces))
+                    streamer.stream(_message(question), sampling, pieces.append)
                     for question, pieces in zip(questions, answers, strict=True)
                 )
             )
@@ -123,29 +131,38 @@ async def _show_live(
     return figures
 
 
-def _appender(pieces: list[str]) -> Callable[[str], None]:
-    return pieces.append
-
-
 def _message(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
 def _last_lines(text: str, lines: int, width: int) -> str:
     """The end of a text that is still being written, as far as it fits."""
-    wrapped = [line[i : i + width] for line in text.splitlines() for i in range(0, len(line) or 1, width)]
+    wrapped = [
+        line[i : i + width] for line in text.splitlines() for i in range(0, len(line) or 1, width)
+    ]
     return "\n".join(wrapped[-lines:])
 
 
-def closing_line(figures: "list[Figures]", elapsed_s: float, streamer: "Streamer") -> str:
-    """The figures of the run, all measured."""
+def closing_line(
+    figures: "Sequence[Figures]",
+    elapsed_s: float,
+    steps: "Sequence[StepStats]",
+    summary: Mapping[str, Any],
+) -> str:
+    """The figures of the run, all measured: tokens, rates, waiting time, KV, compilation."""
     tokens_in = sum(f.num_prompt_tokens for f in figures)
     tokens_out = sum(f.num_output_tokens for f in figures)
-    ttft = sorted(f.ttft_s for f in figures)
+    ttft_ms = statistics.median(f.ttft_s for f in figures) * 1000
     parts = [
         f"{len(figures)} requests in {elapsed_s:.1f} s",
         f"{tokens_in} tokens in, {tokens_out} out",
         f"{tokens_out / elapsed_s:.1f} output tokens/s",
-        f"first token after {ttft[len(ttft) // 2] * 1000:.0f} ms (median)",
+        f"first token after {ttft_ms:.0f} ms (median)",
     ]
+    allocated = sum(step.num_allocated_slots for step in steps)
+    if allocated:
+        waste = 1 - sum(step.num_written_slots for step in steps) / allocated
+        most = max(step.num_running for step in steps)
+        parts += [f"{len(steps)} steps, up to {most} rows", f"KV waste {waste:.1%}"]
+    parts.append(f"compile {summary['compile s']:.1f} s")
     return " | ".join(parts)

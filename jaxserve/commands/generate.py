@@ -24,12 +24,18 @@ USAGE = "[MODEL] [PROMPT ...] [flags]"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*",
-                        help="texts to complete (default: the lines of stdin)")  # fmt: skip
-    parser.add_argument("--prompt-file", metavar="FILE",
-                        help="a file with one prompt a line; - is stdin")  # fmt: skip
-    parser.add_argument("--chat", action="store_true",
-                        help="treat each prompt as a message to an assistant")  # fmt: skip
+    parser.add_argument(
+        "prompts",
+        metavar="PROMPT",
+        nargs="*",
+        help="texts to complete (default: the lines of stdin)",
+    )
+    parser.add_argument(
+        "--prompt-file", metavar="FILE", help="a file with one prompt a line; - is stdin"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="treat each prompt as a message to an assistant"
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     parser.add_argument("--quiet", action="store_true", help="print the results only")

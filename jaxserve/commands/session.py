@@ -50,4 +50,5 @@ def _show(llm: Any, quiet: bool) -> None:
     from jaxserve.commands.startup_table import print_startup_table
 
     if not quiet:
-        print_startup_table(llm.summary(), Console(stderr=True))
+        console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
+        print_startup_table(llm.summary(), console)

@@ -7,18 +7,19 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_startup_table(summary: Mapping[str, Any], console: Console) -> None:
+def print_startup_table(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Shows model, device, attention backend, KV cache and compile time.
 
     Args:
         summary: What `Engine.summary()` returns.
+        console: Where to; None: stdout, or the output of a notebook's cell.
     """
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in startup_rows(summary):
         table.add_row(name, value)
-    console.print(table, highlight=False, markup=False)
+    (console or Console()).print(table, highlight=False, markup=False)
 
 
 def startup_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -69,11 +69,11 @@ class KVBlocks:
         for pool, block_ids in zip(self.pools, seq.block_ids, strict=True):
             pool.give_back(reversed(block_ids))
             block_ids.clear()
-        seq.num_slots = seq.num_computed_tokens = seq.num_remembered_blocks = 0
+        seq.num_slots = seq.num_computed_tokens = 0
 
-    def has_room(self, num_tokens: int, shared: BlockIds, num_reserved: int) -> bool:
-        """Whether `num_tokens` tokens fit beside the reserved blocks, when `shared` are shared."""
-        num_new = self.num_for(num_tokens) - len(shared[0]) + num_reserved
+    def has_room(self, num_tokens: int, shared: BlockIds, headroom: int) -> bool:
+        """Whether `num_tokens` tokens, some in shared blocks, leave `headroom` blocks free."""
+        num_new = self.num_for(num_tokens) - len(shared[0]) + headroom
         for pool, block_ids in zip(self.pools, shared, strict=True):
             num_evictable = sum(pool.ref_count(block_id) == 0 for block_id in block_ids)
             if num_new + num_evictable > pool.num_free:

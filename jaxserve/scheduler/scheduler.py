@@ -2,17 +2,17 @@
 
 import time
 from bisect import insort
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
 
 from jaxserve.errors import RequestError
 from jaxserve.request import Abort, Request, RequestTimes, TokenDelta
 from jaxserve.scheduler.backlog import Backlog
+from jaxserve.scheduler.draft import Draft
 from jaxserve.scheduler.kv_blocks import BlockIds, KVBlocks
 from jaxserve.scheduler.limits import Limits
 from jaxserve.scheduler.sequence import NO_ROW, Sequence
-from jaxserve.step import NewRow, RowPlan, StepPlan, StepResult, StepStats
+from jaxserve.step import RowPlan, StepPlan, StepResult, StepStats
 
 HEADROOM = 0.01  # share of the blocks that an admission leaves to the running sequences' growth
 
@@ -35,7 +35,7 @@ class Scheduler:
         num_blocks: Blocks of each KV group, with the null block 0, which is never handed out.
         block_size: Tokens in a block.
         max_num_seqs: Rows.
-        max_num_batched_tokens: Token budget of a step.
+        max_num_batched_tokens: Token budget of a draft.
         max_model_len: Tokens of a sequence, prompt and output.
         num_groups: KV groups.
 
@@ -141,28 +141,26 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plans the next step, or returns None when there is nothing to launch now.
 
-        None while requests are live means that they wait for the `update` of a launched step.
+        None while requests are live means that they wait for the `update` of a launched draft.
         """
-        number = self._num_planned_steps + 1
-        step = _Step(number=number, budget=self._limits.max_num_batched_tokens)
-        self._plan_decodes(step)
-        self._plan_chunks(step)
-        if not step.has_preempted:  # else what was just taken away would be handed out again
-            self._admit(step)
-        if not step.decodes and not step.chunks:
-            return None
-        self._num_planned_steps = number
-        for seq, num_tokens in step.uncounted:  # only now: no row may read what this step writes
+        draft = Draft(
+            number=self._num_planned_steps + 1,
+            max_num_tokens=self._limits.max_num_batched_tokens,
+        )
+        self._plan_decodes(draft)
+        self._plan_chunks(draft)
+        if not draft.lacks_blocks:  # else the newcomer would take what those who run wait for
+            self._admit(draft)
+        plan = draft.plan()
+        if plan is not None:
+            self._num_planned_steps = draft.number
+        for seq, num_tokens in draft.uncounted:
             seq.num_computed_tokens += num_tokens
             self._blocks.remember(seq)
             self._backlog.release_followers(seq)
-        return StepPlan(
-            rows=(*step.decodes, *step.chunks),
-            new_rows=tuple(step.new_rows),
-            num_tokens=self._limits.max_num_batched_tokens - step.budget,
-        )
+        return plan
 
-    def _plan_decodes(self, step: "_Step") -> None:
+    def _plan_decodes(self, draft: Draft) -> None:
         """Plans running sequences that lack one token; notes those that lack more.
 
         This is the loop that runs for every row of every step, so it is written out flat. Its
@@ -170,8 +168,8 @@ class Scheduler:
         """
         running, number, budget, no_blocks = (
             self._running,
-            step.number,
-            step.budget,
+            draft.number,
+            draft.budget,
             self._blocks.none,
         )
         index = 0
@@ -186,15 +184,15 @@ class Scheduler:
             ):
                 continue
             if num_tokens - num_computed > 1 or seq.followers:
-                step.unfinished.append(seq)
+                draft.unfinished.append(seq)
                 continue
             new_blocks = no_blocks
             if num_computed == seq.num_slots:
-                new_blocks = self._make_room(seq, num_tokens, step)
+                new_blocks = self._make_room(seq, num_tokens, draft)
                 if new_blocks is None:
                     continue
             token_ids = () if num_pending else seq.token_ids(num_computed, num_tokens)
-            step.decodes.append(
+            draft.decodes.append(
                 RowPlan(seq.seq_id, seq.row, token_ids, num_computed, 1, new_blocks, True, False)
             )
             seq.last_step = number
@@ -202,67 +200,41 @@ class Scheduler:
             seq.num_tokens = num_tokens + 1
             seq.num_pending_tokens = num_pending + 1
             budget -= 1
-        step.budget = budget
+        draft.budget = budget
 
-    def _plan_chunks(self, step: "_Step") -> None:
+    def _plan_chunks(self, draft: Draft) -> None:
         """Plans the next chunk of running sequences that lack more than one token."""
-        for seq in step.unfinished:
-            if step.budget == 0:
+        for seq in draft.unfinished:
+            if draft.budget == 0:
                 return
             if seq.row == NO_ROW:  # preempted since it was noted
                 continue
-            num_tokens = min(seq.num_tokens - seq.num_computed_tokens, step.budget)
-            new_blocks = self._make_room(seq, seq.num_computed_tokens + num_tokens, step)
+            num_tokens = min(seq.num_tokens - seq.num_computed_tokens, draft.budget)
+            new_blocks = self._make_room(seq, seq.num_computed_tokens + num_tokens, draft)
             if new_blocks is not None:
-                self._plan_row(seq, num_tokens, new_blocks, step)
-            step.num_reserved += self._blocks.num_for(seq.num_tokens - seq.num_slots)
+                draft.add(seq, num_tokens, new_blocks)
 
-    def _plan_row(
-        self, seq: Sequence, num_tokens: int, new_blocks: BlockIds, step: "_Step"
-    ) -> None:
-        """Adds a row whose tokens count as computed from the end of `schedule` on."""
-        start = seq.num_computed_tokens
-        end = start + num_tokens
-        samples = end == seq.num_tokens
-        row = RowPlan(
-            seq_id=seq.seq_id,
-            row=seq.row,
-            token_ids=() if end > seq.num_known_tokens else seq.token_ids(start, end),
-            num_computed_tokens=start,
-            num_tokens=num_tokens,
-            new_block_ids=new_blocks,
-            samples=samples,
-            wants_prompt_logprobs=seq.wants_prompt_logprobs(start, end),
-        )
-        (step.decodes if samples and num_tokens == 1 else step.chunks).append(row)
-        step.uncounted.append((seq, num_tokens))
-        step.budget -= num_tokens
-        seq.last_step = step.number
-        if samples:
-            seq.num_tokens += 1
-            seq.num_pending_tokens += 1
-
-    def _make_room(self, seq: Sequence, num_tokens: int, step: "_Step") -> BlockIds | None:
+    def _make_room(self, seq: Sequence, num_tokens: int, draft: Draft) -> BlockIds | None:
         """The blocks to hold `num_tokens` tokens, if need be those of sequences it outranks.
 
         None: the sequence sits this step out. That is no deadlock: the blocks are held by one of
         higher standing, which goes on, or by one that is in this step or in flight already.
         """
         while (new_blocks := self._blocks.grow(seq, num_tokens)) is None:
-            victim = next(s for s in reversed(self._running) if s.last_step != step.number)
+            draft.lacks_blocks = True
+            victim = next(s for s in reversed(self._running) if s.last_step != draft.number)
             if victim is seq:
                 return None
             self._running.remove(victim)
             self._stop_running(victim)
             self._backlog.push(victim)
             self._num_preemptions += 1
-            step.has_preempted = True
         return new_blocks
 
-    def _admit(self, step: "_Step") -> None:
+    def _admit(self, draft: Draft) -> None:
         """Gives rows to waiting sequences, in order, while budget, rows and blocks last."""
         blocks = self._blocks
-        while self._free_rows and step.budget > 0 and (seq := self._backlog.head()) is not None:
+        while self._free_rows and draft.budget > 0 and (seq := self._backlog.head()) is not None:
             if seq.last_step > self._num_updated_steps:
                 return  # preempted, and a launched step still has a token for it
             if self._refused[0] == seq.seq_id and blocks.num_free <= self._refused[1]:
@@ -272,23 +244,22 @@ class Scheduler:
                 found, blocks.find_sibling(seq, self._running), key=lambda ids: len(ids[0])
             )
             num_shared = len(shared[0]) * blocks.block_size
-            num_tokens = min(seq.num_tokens - num_shared, step.budget)
+            num_tokens = min(seq.num_tokens - num_shared, draft.budget)
             if num_shared + num_tokens < seq.num_tokens and not self._limits.enable_chunked_prefill:
                 return
             # All known tokens must fit, not only the first chunk: two half-computed prompts that
             # wait for each other's blocks would help nobody.
             headroom = int(self._limits.num_blocks * HEADROOM) if self._running else 0
-            if not blocks.has_room(seq.num_tokens, shared, step.num_reserved + headroom):
+            if not blocks.has_room(seq.num_tokens, shared, headroom):
                 self._refused = (seq.seq_id, blocks.num_free)
                 return
-            self._start(self._backlog.pop(), shared, len(found[0]) * blocks.block_size, step)
+            self._start(self._backlog.pop(), shared, len(found[0]) * blocks.block_size, draft)
             new_blocks = blocks.grow(seq, num_shared + num_tokens)
             if new_blocks is None:
                 raise RuntimeError("a sequence was admitted without room")
-            self._plan_row(seq, num_tokens, new_blocks, step)
-            step.num_reserved += blocks.num_for(seq.num_known_tokens - seq.num_slots)
+            draft.add(seq, num_tokens, new_blocks)
 
-    def _start(self, seq: Sequence, shared: BlockIds, num_hits: int, step: "_Step") -> None:
+    def _start(self, seq: Sequence, shared: BlockIds, num_hits: int, draft: Draft) -> None:
         """Gives a sequence a row, and blocks that others have computed for it."""
         self._blocks.share(seq, shared)
         seq.row = self._free_rows.pop()
@@ -299,16 +270,7 @@ class Scheduler:
             if self._blocks.may_read_cache(seq):
                 self._num_prefix_queries += seq.num_tokens
                 self._num_prefix_hits += num_hits
-        step.new_rows.append(
-            NewRow(
-                seq_id=seq.seq_id,
-                row=seq.row,
-                request=seq.request,
-                choice=seq.choice,
-                token_ids=seq.token_ids(0, seq.num_tokens),
-                block_ids=shared,
-            )
-        )
+        draft.add_new_row(seq, shared)
 
     # -- Results -----------------------------------------------------------------------------------
 
@@ -328,7 +290,6 @@ class Scheduler:
                 continue
             if sampled.prompt_logprobs is not None:
                 seq.collect_prompt_logprobs(planned, sampled.prompt_logprobs)
-                self._backlog.release_followers(seq)
             if not sampled.token_ids:
                 continue
             delta = seq.append(sampled, finished_s)
@@ -375,21 +336,6 @@ class Scheduler:
             host_s=host_s,
             device_s=device_s,
         )
-
-
-@dataclass(slots=True, kw_only=True)
-class _Step:
-    """A plan in the making."""
-
-    number: int
-    budget: int  # tokens left
-    decodes: list[RowPlan] = field(default_factory=list)
-    chunks: list[RowPlan] = field(default_factory=list)
-    new_rows: list[NewRow] = field(default_factory=list)
-    unfinished: list[Sequence] = field(default_factory=list)  # running, lacking more than a token
-    uncounted: list[tuple[Sequence, int]] = field(default_factory=list)  # planned, not yet computed
-    num_reserved: int = 0  # blocks that running sequences will need for tokens they have
-    has_preempted: bool = False
 
 
 def _refusal(request: Request, choice: int, error: RequestError) -> TokenDelta:

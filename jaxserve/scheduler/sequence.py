@@ -47,7 +47,7 @@ class Sequence:
         return self.num_tokens - self.num_pending_tokens
 
     def token_ids(self, start: int, end: int) -> tuple[int, ...]:
-        """The known tokens at positions start ... end - 1, from prompt and output."""
+        """The known tokens at positions start ... end - 1, of prompt and output."""
         prompt = self.request.prompt_token_ids
         if end <= len(prompt):
             return prompt[start:end]
@@ -88,11 +88,12 @@ class Sequence:
                 prompt_logprobs = tuple(self.prompt_logprobs)
         for count, token_id in enumerate(token_ids, 1):
             output.append(token_id)
-            is_eos = token_id == request.eos_token_id
-            if is_eos or token_id in request.stop_token_ids:
-                if len(output) >= request.sampling.min_tokens:
-                    reason, stop_reason = "stop", None if is_eos else token_id
-            if reason is None and len(output) >= request.max_tokens:
+            may_stop = len(output) >= request.sampling.min_tokens
+            if may_stop and token_id == request.eos_token_id:
+                reason = "stop"
+            elif may_stop and token_id in request.stop_token_ids:
+                reason, stop_reason = "stop", token_id
+            elif len(output) >= request.max_tokens:
                 reason = "length"
             if reason is not None:
                 token_ids = token_ids[:count]

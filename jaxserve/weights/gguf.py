@@ -46,8 +46,25 @@ def _q4_1(blocks: np.ndarray) -> np.ndarray:
     return values
 
 
-def _q4_k(blocks: np.ndarray) -> np.ndarray:
-    """256 values: 8 groups of 32, each with a 6-bit scale and minimum."""
+def _fifth_bits(packed: np.ndarray) -> np.ndarray:
+    """[n, 4] bytes -> [n, 32] values of 0 or 16: the upper bit of each 5-bit quant."""
+    return np.unpackbits(packed, axis=-1, bitorder="little") << 4
+
+
+def _q5_0(blocks: np.ndarray) -> np.ndarray:
+    quants = (_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])).view(np.int8) - np.int8(16)
+    return quants.astype(np.float32) * _half(blocks, 0, 2)
+
+
+def _q5_1(blocks: np.ndarray) -> np.ndarray:
+    values = (_nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])).astype(np.float32)
+    values *= _half(blocks, 0, 2)
+    values += _half(blocks, 2, 4)
+    return values
+
+
+def _scales_and_minima(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of Q4_K and Q5_K: 8 groups of 32 values, each with a 6-bit scale and minimum [n, 8, 1]."""
     n = len(blocks)
     packed = blocks[:, 4:16].reshape(n, 3, 4)
     low, mid, high = packed[:, 0], packed[:, 1], packed[:, 2]
@@ -56,9 +73,27 @@ def _q4_k(blocks: np.ndarray) -> np.ndarray:
     minima = np.concatenate((mid & 0x3F, (high >> 4) | ((mid >> 2) & 0x30)), axis=-1)
     scale = _half(blocks, 0, 2) * scales.astype(np.float32)  # [n, 8]
     minimum = _half(blocks, 2, 4) * minima.astype(np.float32)
+    return scale[:, :, None], minimum[:, :, None]
+
+
+def _q4_k(blocks: np.ndarray) -> np.ndarray:
+    n = len(blocks)
+    scale, minimum = _scales_and_minima(blocks)
     values = _nibbles(blocks[:, 16:].reshape(n, 4, 32)).astype(np.float32).reshape(n, 8, 32)
-    values *= scale[:, :, None]
-    values -= minimum[:, :, None]
+    values *= scale
+    values -= minimum
+    return values.reshape(n, 256)
+
+
+def _q5_k(blocks: np.ndarray) -> np.ndarray:
+    n = len(blocks)
+    scale, minimum = _scales_and_minima(blocks)
+    low = _nibbles(blocks[:, 48:].reshape(n, 4, 32)).reshape(n, 8, 32)
+    shifts = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)  # bit g belongs to group g
+    high = (blocks[:, 16:48].reshape(n, 1, 32) >> shifts) & 1
+    values = (low | (high << 4)).astype(np.float32)
+    values *= scale
+    values -= minimum
     return values.reshape(n, 256)
 
 
@@ -80,7 +115,10 @@ BLOCK_FORMATS: dict[str, BlockFormat] = {
     "Q8_0": BlockFormat(32, 34, _q8_0),
     "Q4_0": BlockFormat(32, 18, _q4_0),
     "Q4_1": BlockFormat(32, 20, _q4_1),
+    "Q5_0": BlockFormat(32, 22, _q5_0),
+    "Q5_1": BlockFormat(32, 24, _q5_1),
     "Q4_K": BlockFormat(256, 144, _q4_k),
+    "Q5_K": BlockFormat(256, 176, _q5_k),
     "Q6_K": BlockFormat(256, 210, _q6_k),
 }
 

@@ -21,8 +21,7 @@ from jaxserve.weights.reader import TensorFiles, read_into, readable_encodings
 MAX_PROBLEMS = 8  # named in an error; the others are counted
 MAX_THREADS = 8
 _ALIGNMENT = 64  # what XLA wants to use a host buffer in place
-# Buffers that old checkpoints carry; models compute them.
-_DERIVED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", "rope_freqs.weight")
+_DERIVED = ("rotary_emb.inv_freq",)  # buffers of old checkpoints; models compute them
 
 type Progress = Callable[[int, int], None]
 type Index = tuple[slice, ...]
@@ -72,7 +71,8 @@ def load_weights(
 def check_weights(checkpoint: Checkpoint, wanted: Mapping[str, WeightSource]) -> None:
     """Raise one error that names everything in which a checkpoint differs from a model."""
     used = {name for source in wanted.values() for name in source.names}
-    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    # Where the config does not say, the model's own default decided whether a head is wanted.
+    tied = bool(checkpoint.config.get("tie_word_embeddings", True))
     missing = sorted(used - checkpoint.tensors.keys())
     unexpected = sorted(
         name
@@ -105,7 +105,9 @@ def check_weights(checkpoint: Checkpoint, wanted: Mapping[str, WeightSource]) ->
 def _listed(problem: str, names: list[str]) -> Iterator[str]:
     if names:
         more = f" and {len(names) - MAX_PROBLEMS} more" if len(names) > MAX_PROBLEMS else ""
-        yield f"{len(names)} {problem}: {', '.join(names[:MAX_PROBLEMS])}{more}"
+        # Names come from a file: nothing in them may break the line or fill the screen.
+        shown = (n[:200] if n.isprintable() else repr(n[:200]) for n in names[:MAX_PROBLEMS])
+        yield f"{len(names)} {problem}: {', '.join(shown)}{more}"
 
 
 def _wrong_shapes(checkpoint: Checkpoint, wanted: Mapping[str, WeightSource]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from jaxserve.errors import CheckpointError
 from jaxserve.weights.gguf import BLOCK_FORMATS, dequantize, unpermute_rows
 from jaxserve.weights.safetensors import PLAIN
 
-CHUNK_VALUES = 1 << 20  # decoded at a time, by each thread
+CHUNK_VALUES = 1 << 18  # decoded at a time, by each thread: about what a core's cache holds
 
 
 def readable_encodings() -> tuple[str, ...]:

@@ -151,7 +151,9 @@ class FakeRunner:
             assert len(plan.token_ids) == plan.num_tokens
             assert plan.token_ids == tuple(row.tokens[start:end])
         else:
-            assert plan.num_tokens == 1 and end == len(row.tokens)
+            assert not row.request.needs_host_tokens
+            assert plan.num_tokens == 1
+            assert end == len(row.tokens)
         assert plan.samples == (end == len(row.tokens)), "samples exactly at the last token"
         for held, new in zip(row.table, plan.new_block_ids, strict=True):
             held.extend(new)

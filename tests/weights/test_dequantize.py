@@ -36,7 +36,7 @@ def test_random_bytes_agree_bit_for_bit(encoding: str, seed: int) -> None:
     assert bits(np.where(same, 0, ours)) == bits(np.where(same, 0, theirs))
 
 
-@pytest.mark.parametrize("encoding", ["Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("encoding", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantised_values_come_back(encoding: str) -> None:
     kind = GGMLQuantizationType[encoding]
     values = np.random.default_rng(1).standard_normal((ROWS, 256), np.float32)

@@ -116,7 +116,7 @@ def test_progress_rises_to_the_total(tmp_path: Path) -> None:
 def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
     weights = llama_weights()
     wanted = wanted_of(weights)
-    weights["odd.weight"] = np.zeros(3, np.float32)
+    weights["odd.weight"] = weights["new\nline"] = np.zeros(3, np.float32)
     del weights["model.norm.weight"]
     weights["model.layers.1.mlp.up_proj.weight"] = np.zeros((5, 6), np.float32)
     found = open_checkpoint(str(write_folder(tmp_path / "m", weights)))
@@ -124,7 +124,7 @@ def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
         load_weights(found, wanted, dtype="float32")
     text = str(error.value)
     assert "1 missing: model.norm.weight" in text
-    assert "1 unexpected: odd.weight" in text
+    assert "2 unexpected: 'new\\nline', odd.weight" in text
     assert "model.layers.1.mlp.up_proj.weight is (5, 6), the config needs (96, 64)" in text
     assert "\n" not in text
 

@@ -1,0 +1,209 @@
+"""paged_attention: each backend against dense numpy, over ragged batches on scattered pages."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from pallas_kernels.attention import paged_attention
+from pallas_kernels.backend import BackendRefused
+from pallas_kernels.cases import attention_case
+from pallas_kernels.types import AttentionSpec
+from tests.pallas_kernels.batches import Batch, make_batch, oracle
+
+BACKENDS = ("reference", "xla")
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "backend"))
+def run(batch: Batch, *, spec: AttentionSpec, backend: str) -> tuple[Array, Array]:
+    return paged_attention(
+        batch.q,
+        batch.k,
+        batch.v,
+        batch.kv_pages,
+        batch.pages,
+        batch.layer,
+        spec=spec,
+        backend=backend,
+    )
+
+
+def error(out: Array, expected: np.ndarray) -> float:
+    """||out - expected|| / ||expected||, NaN if any value is."""
+    difference = np.linalg.norm(np.asarray(out, np.float64) - expected)
+    return float(difference / max(float(np.linalg.norm(expected)), 1e-30))
+
+
+def check(spec: AttentionSpec, batch: Batch) -> None:
+    expected = oracle(spec, batch)
+    num_used = int(batch.pages.query_starts[-1])
+    for backend in BACKENDS:
+        out, _ = run(batch, spec=spec, backend=backend)
+        assert out.dtype == batch.q.dtype
+        assert error(out, expected) <= TOLERANCE[jnp.dtype(spec.kv.dtype).name], backend
+        assert not np.any(np.asarray(out[num_used:], np.float32)), f"{backend}: padding not zero"
+
+
+def ragged(page_size: int) -> list[tuple[int, int]]:
+    """Decode rows, then others: empty, of one token, at page borders, chunked, whole."""
+    size = page_size
+    decode = [(1, 1), (1, size), (1, size + 1), (1, 3 * size - 1)]
+    others = [(0, 0), (7, 7), (1, 2 * size + 1), (size, size), (3, 5 * size), (40, 40 + size)]
+    return decode + others
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "page_size", "window", "soft_cap"),
+    [
+        ("smollm2-135m", 16, None, None),
+        ("smollm2-135m", 16, 20, None),
+        ("tiny", 8, 9, 3.0),
+        ("tiny", 128, None, None),
+        ("tiny-mha", 32, None, 5.0),
+        ("tiny-mqa", 64, 70, None),
+        ("llama-3.1-8b/tp8", 16, 1, None),
+    ],
+)
+def test_ragged_batches_match_dense_attention(
+    name: str, page_size: int, window: int | None, soft_cap: float | None, dtype: str
+) -> None:
+    spec = attention_case(name, page_size=page_size, dtype=dtype, window=window, soft_cap=soft_cap)
+    rows = ragged(page_size)
+    total = sum(num_queries for num_queries, _ in rows)
+    batch = make_batch(spec, rows, num_decode_rows=4, num_tokens=total + 5, max_rows=16)
+    check(spec, batch)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_batches_match_dense_attention(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    window, soft_cap = [(None, None), (30, None), (None, 2.0)][seed % 3]
+    spec = attention_case("tiny", window=window, soft_cap=soft_cap)
+    decode = [(1, int(n)) for n in rng.integers(1, 400, 5)]
+    others = [(int(n), int(n + rng.integers(0, 150))) for n in rng.integers(0, 70, 4)]
+    others = [(min(n, 100), kv_len) for n, kv_len in others]
+    batch = make_batch(
+        spec, decode + others, num_decode_rows=5, num_tokens=320, max_rows=12, seed=seed
+    )
+    check(spec, batch)
+
+
+@pytest.mark.parametrize("num_decode_rows", [0, 1])
+@pytest.mark.parametrize("kv_len", [1, 16, 17, 700])
+def test_a_batch_of_one_token(kv_len: int, num_decode_rows: int) -> None:
+    spec = attention_case("smollm2-135m")
+    batch = make_batch(
+        spec, [(1, kv_len)], num_decode_rows=num_decode_rows, num_tokens=1, max_rows=1
+    )
+    check(spec, batch)
+
+
+@pytest.mark.parametrize("num_rows", [0, 3, 8])
+def test_decode_rows_alone_some_or_all_unused(num_rows: int) -> None:
+    spec = attention_case("tiny-mha")
+    rows = [(1, 5 + 90 * row) for row in range(num_rows)]
+    batch = make_batch(spec, rows, num_decode_rows=num_rows, num_tokens=8, max_rows=8)
+    check(spec, batch)
+
+
+def test_one_long_row_is_shared_by_all_lanes_beside_short_ones() -> None:
+    spec = attention_case("tiny")
+    rows = [(1, 3), (1, 2000), (1, 64), (1, 65)]
+    batch = make_batch(spec, rows, num_decode_rows=4, num_tokens=8, max_rows=8)
+    check(spec, batch)
+
+
+def test_every_layer_reads_and_writes_its_own_pages() -> None:
+    spec = attention_case("tiny")
+    rows = [(1, 20), (9, 30)]
+    for layer in range(3):
+        batch = make_batch(
+            spec, rows, num_decode_rows=1, num_tokens=16, max_rows=4, num_layers=3, layer=layer
+        )
+        check(spec, batch)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_wrong_page_is_noticed(row: int, backend: str) -> None:
+    spec = attention_case("tiny")
+    batch = make_batch(
+        spec, [(1, 40), (20, 60)], num_decode_rows=1, num_tokens=32, max_rows=2, poison=0.5
+    )
+    table = batch.pages.page_table
+    table = table.at[row, 1].set(table[1 - row, 0])
+    wrong = dataclasses.replace(batch, pages=dataclasses.replace(batch.pages, page_table=table))
+    out, _ = run(wrong, spec=spec, backend=backend)
+    assert error(out, oracle(spec, batch)) > 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_new_tokens_are_in_the_cache_that_comes_back(backend: str) -> None:
+    spec = attention_case("tiny")
+    batch = make_batch(spec, [(1, 12), (5, 9)], num_decode_rows=1, num_tokens=8, max_rows=2)
+    _, kv_pages = run(batch, spec=spec, backend=backend)
+    pages = np.asarray(kv_pages)[batch.layer * batch.pages.num_pages :]
+    slots = np.asarray(batch.pages.slots)[:6]
+    written = pages[slots // spec.kv.page_size, slots % spec.kv.page_size]  # [6, 2K, H]
+    assert np.array_equal(written[:, 0::2], np.asarray(batch.k)[:6])
+    assert np.array_equal(written[:, 1::2], np.asarray(batch.v)[:6])
+
+
+def test_what_does_not_fit_is_named() -> None:
+    spec = attention_case("tiny")
+    batch = make_batch(spec, [(1, 4)], num_decode_rows=1, num_tokens=2, max_rows=1)
+    bad = dataclasses.replace(batch, k=batch.k[:1], kv_pages=batch.kv_pages[:, :4])
+    with pytest.raises(ValueError, match=r"k has shape \(1, 2, 8\), expected \(2, 2, 8\); kv_pages"):
+        run(bad, spec=spec, backend="xla")
+    with pytest.raises(ValueError, match="layer is 2, expected"):
+        paged_attention(
+            batch.q, batch.k, batch.v, batch.kv_pages, batch.pages, 2, spec=spec, backend="xla"
+        )
+    with pytest.raises(BackendRefused, match="no kernel in this version"):
+        run(batch, spec=spec, backend="tpu")
+
+
+@pytest.mark.parametrize("looped", [True, False], ids=["scan", "unrolled"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 8, 64])
+def test_the_cache_is_never_copied(num_tokens: int, looped: bool) -> None:
+    spec = attention_case("smollm2-135m")
+    rows = [(1, 40)] if num_tokens == 1 else [(1, 40), (num_tokens - 1, 80)]
+    batch = make_batch(
+        spec,
+        rows,
+        num_decode_rows=1,
+        num_tokens=num_tokens,
+        max_rows=min(num_tokens, 8),
+        num_layers=4,
+        spare_pages=400,
+    )
+
+    def step(kv_pages: Array, batch: Batch) -> tuple[Array, Array]:
+        def layer(carry: tuple[Array, Array], index: int | Array) -> tuple[tuple[Array, Array], None]:
+            x, kv_pages = carry
+            return (
+                paged_attention(
+                    x, batch.k, batch.v, kv_pages, batch.pages, index, spec=spec, backend="xla"
+                ),
+                None,
+            )
+
+        carry = (batch.q, kv_pages)
+        if looped:
+            return jax.lax.scan(layer, carry, jnp.arange(4, dtype=jnp.int32))[0]
+        for index in range(4):
+            carry, _ = layer(carry, index)
+        return carry
+
+    lean = dataclasses.replace(batch, kv_pages=jnp.zeros(0))
+    compiled = jax.jit(step, donate_argnums=0).lower(batch.kv_pages, lean).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert batch.kv_pages.nbytes > 35e6
+    assert memory.temp_size_in_bytes < 0.25 * batch.kv_pages.nbytes
