@@ -15,9 +15,8 @@ from jax import Array, lax
 from pallas_kernels.kv_write import split_kv
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
-_DECODE_CHUNK = 64  # kv tokens a lane of the decode loop reads in a step
+_CHUNK = 64  # kv tokens of a row that one step reads
 _DECODE_BYTES = 1 << 20  # of keys and values all lanes read in a step
-_PREFILL_CHUNK = 128  # kv tokens a step of the prefill loop reads
 _QUERY_TILE = 32  # queries of one row that share a pass over its context
 _NEVER = float(jnp.finfo(jnp.float32).min)  # a logit that is not seen: finite, so no NaN comes of it
 
@@ -74,7 +73,7 @@ def _attend_decode(
     kv_lens = jnp.where(row_ids < num_decode_rows, pages.kv_lens[:num_rows], 0)
     first_seen = _first_seen(kv_lens - 1, spec)
 
-    table, chunk = _chunked(pages.page_table[:num_rows], _DECODE_CHUNK, spec)  # [B, C, P]
+    table, chunk = _chunked(pages.page_table[:num_rows], spec)  # [B, C, P]
     num_lanes = _num_lanes(num_rows, chunk, spec)
     lanes = jnp.arange(num_lanes, dtype=jnp.int32)
     first_chunk = first_seen // chunk
@@ -135,7 +134,7 @@ def _attend_prefill(
     """Attention of the rows after the decode rows, a tile of queries at a time, into `out`."""
     num_tokens = q.shape[0]
     tile = min(_QUERY_TILE, num_tokens)
-    table, chunk = _chunked(pages.page_table, _PREFILL_CHUNK, spec)  # [B, C, P]
+    table, chunk = _chunked(pages.page_table, spec)  # [B, C, P]
 
     num_queries = jnp.diff(pages.query_starts)
     row_ids = jnp.arange(num_queries.shape[0], dtype=jnp.int32)
@@ -178,11 +177,11 @@ def _attend_prefill(
     return out[:num_tokens]
 
 
-def _chunked(table: Array, chunk: int, spec: AttentionSpec) -> tuple[Array, int]:
+def _chunked(table: Array, spec: AttentionSpec) -> tuple[Array, int]:
     """The table [B, P] as chunks of pages [B, C, P / C], with null pages after the last, and the
-    tokens a chunk: about `chunk`, in whole pages."""
+    tokens a chunk: about _CHUNK, in whole pages."""
     num_rows, num_pages = table.shape
-    pages_per_chunk = min(max(1, chunk // spec.kv.page_size), num_pages)
+    pages_per_chunk = min(max(1, _CHUNK // spec.kv.page_size), num_pages)
     table = jnp.pad(table, ((0, 0), (0, -num_pages % pages_per_chunk)))
     return table.reshape(num_rows, -1, pages_per_chunk), pages_per_chunk * spec.kv.page_size
 

@@ -214,7 +214,7 @@ def main() -> None:
         return
     rows = [*check_golden(args.golden), *check_wide()]
     bad = [row for row in rows if not row[2] <= row[3]]
-    table = [(f"{n}, {d}", f"{w:.2e}", f"{x:.0e}", "ok" if w <= x else "TOO FAR")
+    table = [(f"{n}, {d}", f"{w:.2e}", f"{x:g}", "ok" if w <= x else "TOO FAR")
              for n, d, w, x in rows]  # fmt: skip
     print_table("Log-probabilities: largest difference", ["", "found", "allowed", ""], table)
     if args.json:

@@ -40,7 +40,9 @@ def add_sampling_arguments(
     group = parser.add_argument_group("sampling (default: the model's generation config)")
     for name, (options, text) in _FLAGS.items():
         if name not in without:
-            shape = {} if options.get("action") == "store_true" else {"metavar": "X"}
+            shape: dict[str, Any] = {}
+            if options.get("action") != "store_true":
+                shape["metavar"] = "X"
             flag = f"--{name.replace('_', '-')}"
             group.add_argument(
                 flag, dest=name, default=argparse.SUPPRESS, help=text, **options, **shape

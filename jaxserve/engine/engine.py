@@ -4,8 +4,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field
 
 from jaxserve.checkpoint import Checkpoint
 from jaxserve.config import EngineConfig
@@ -17,6 +16,16 @@ from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.step import EngineOutput, StepPlan, StepStats
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ResetPrefixCache:
+    """A command to forget all cached prefixes; the reply says whether it was done."""
+
+    reply: queue.SimpleQueue[bool] = field(default_factory=queue.SimpleQueue)
+
+
+type Command = Request | Abort | ResetPrefixCache | None  # None only wakes the loop
 
 
 class Engine:
@@ -48,12 +57,13 @@ class Engine:
         if config.warm_up:
             self.runner.warm_up()
         self.outbox: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[Request | Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._dead: str | None = None
-        self._num_queued = 0  # submitted and not yet admitted; read without a lock, as an estimate
+        self._lock = threading.Lock()
+        self._num_submitted = 0  # not yet seen by the loop
+        self._num_waiting = 0  # as of the last step
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
-        self._reset_cache = threading.Event()
 
     # What clients call, from any thread
 
@@ -70,14 +80,17 @@ class Engine:
         """
         if self._dead is not None or self._stop.is_set():
             raise EngineDeadError(f"the engine has stopped: {self._dead or 'it was shut down'}")
-        limit = self._config.max_num_queued_reqs
-        if limit is not None and self._num_queued >= limit:
-            raise RequestError(
-                f"{self._num_queued} requests are waiting, the limit max_num_queued_reqs is "
-                f"{limit}. Try again later",
-                code="server_overloaded",
-            )
         self.scheduler.check(request)
+        limit = self._config.max_num_queued_reqs
+        with self._lock:
+            queued = self._num_submitted + self._num_waiting
+            if limit is not None and queued >= limit:
+                raise RequestError(
+                    f"{queued} requests are waiting and max_num_queued_reqs is {limit}. "
+                    "Try again later",
+                    code="server_overloaded",
+                )
+            self._num_submitted += 1
         self._inbox.put(request)
 
     def abort(self, command: Abort) -> None:
@@ -85,10 +98,12 @@ class Engine:
         self._inbox.put(command)
 
     def reset_prefix_cache(self) -> bool:
-        """Forgets every cached prefix, at the next step that finds no request running."""
-        self._reset_cache.set()
-        self._inbox.put(None)
-        return True
+        """Forgets every cached prefix; False, and nothing happens, while requests are running."""
+        if self._dead is not None or self._stop.is_set():
+            raise EngineDeadError(f"the engine has stopped: {self._dead or 'it was shut down'}")
+        command = ResetPrefixCache()
+        self._inbox.put(command)
+        return command.reply.get()
 
     def shutdown(self) -> None:
         """Stops the loop and frees the device's memory. Running requests end with an error."""
@@ -143,6 +158,9 @@ class Engine:
         else:
             self._dead = "it was shut down"
         self.outbox.put(EngineOutput(deltas=(), error=self._dead))
+        for command in self._drain(block=False):
+            if isinstance(command, ResetPrefixCache):
+                command.reply.put(False)
 
     def _loop(self) -> None:
         in_flight: Launched | None = None  # at most one step ahead of the host
@@ -151,10 +169,10 @@ class Engine:
             idle = in_flight is None and self.scheduler.idle
             deltas: list[TokenDelta] = []
             for command in self._drain(block=idle):
-                deltas.extend(self.scheduler.accept(command))
-            if idle and self._reset_cache.is_set():
-                self._reset_cache.clear()
-                self.scheduler.reset_prefix_cache()
+                if isinstance(command, ResetPrefixCache):
+                    command.reply.put(in_flight is None and self.scheduler.reset_prefix_cache())
+                elif command is not None:
+                    deltas.extend(self.scheduler.accept(command))
             start = time.perf_counter()
             plan = self.scheduler.schedule()
             launched = None if plan is None else self.runner.launch(plan)
@@ -174,18 +192,23 @@ class Engine:
             if self._config.forbid_late_compile and self.num_late_compiles:
                 raise AssertionError(f"{self.num_late_compiles} compilations in live traffic")
 
-    def _drain(self, *, block: bool) -> Iterator[Request | Abort]:
+    def _drain(self, *, block: bool) -> list[Command]:
         """All commands that have come; waits for one if there is nothing else to do."""
+        commands: list[Command] = []
         try:
-            command = self._inbox.get(block=block)
+            commands.append(self._inbox.get(block=block))
             while True:
-                if command is not None:
-                    yield command
-                command = self._inbox.get_nowait()
+                commands.append(self._inbox.get_nowait())
         except queue.Empty:
-            return
+            pass
+        with self._lock:
+            arrived = sum(isinstance(command, Request) for command in commands)
+            self._num_submitted -= arrived
+            self._num_waiting += arrived
+        return commands
 
     def _stats(self, plan: StepPlan, host_s: float, device_s: float) -> StepStats:
-        stats = self.scheduler.stats(plan)
-        self._num_queued = stats.num_waiting
-        return replace(stats, host_s=host_s, device_s=device_s)
+        stats = self.scheduler.stats(plan, host_s=host_s, device_s=device_s)
+        with self._lock:
+            self._num_waiting = stats.num_waiting
+        return stats

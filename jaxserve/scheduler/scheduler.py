@@ -141,7 +141,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plans the next step, or returns None when there is nothing to launch now.
 
-        None while requests are live means that they wait for the `update` of a launched draft.
+        None while requests are live means that they wait for the `update` of a launched step.
         """
         draft = Draft(
             number=self._num_planned_steps + 1,

@@ -87,6 +87,9 @@ class Sequence:
             if self.prompt_logprobs is not None:
                 prompt_logprobs = tuple(self.prompt_logprobs)
         for count, token_id in enumerate(token_ids, 1):
+            if token_id < 0:  # the model's logits were not numbers
+                reason, token_ids, logprobs = "error", token_ids[: count - 1], None
+                break
             output.append(token_id)
             may_stop = len(output) >= request.sampling.min_tokens
             if may_stop and token_id == request.eos_token_id:
@@ -109,7 +112,7 @@ class Sequence:
             prompt_logprobs,
             reason,
             stop_reason,
-            None,
+            "the model's logits are not numbers (NaN)" if reason == "error" else None,
             self.num_cached_tokens,
             RequestTimes(request.arrival_s, self.scheduled_s, self.first_token_s, finished_s),
         )

@@ -43,10 +43,10 @@ def test_ctrl_c_is_code_130_without_a_traceback(tmp_path: Path) -> None:
     fifo = tmp_path / "prompts"
     os.mkfifo(fifo)
     command = [sys.executable, "-m", "jaxserve", "generate", "--prompt-file", str(fifo)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        with fifo.open("w"):  # returns when the command reads
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=60)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    with process, fifo.open("w"):  # opens when the command reads
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip() == "jaxserve: interrupted"
 

@@ -1,7 +1,9 @@
 """Random ragged batches over scattered pages, and a dense numpy oracle for them."""
 
+import functools
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -10,6 +12,11 @@ from pallas_kernels.kv_write import kv_pages_shape
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q", "k", "v", "kv_pages", "pages", "layer", "histories"],
+    meta_fields=[],
+)
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Arguments of paged_attention, and each row's tokens as numpy float32."""
@@ -19,7 +26,7 @@ class Batch:
     v: Array  # [T, K, H]
     kv_pages: Array
     pages: PageMetadata
-    layer: int
+    layer: int | Array
     histories: list[tuple[np.ndarray, np.ndarray]]  # each row's keys and values [kv_len, K, H]
 
 
@@ -41,9 +48,9 @@ def make_batch(
     kv = spec.kv
     size = kv.page_size
     num_pages_of = [-(-kv_len // size) for _, kv_len in rows]
-    num_pages = 1 + sum(num_pages_of) + spare_pages
+    num_pages = _power_of_two(max(64, 1 + sum(num_pages_of) + spare_pages))
     free = list(rng.permutation(np.arange(1, num_pages)))
-    table = np.zeros((max_rows, max([1, *num_pages_of]) + 1), np.int32)
+    table = np.zeros((max_rows, _power_of_two(max([8, *num_pages_of]) + 1)), np.int32)
     shape = kv_pages_shape(kv, num_layers, num_pages)
     cache = np.full(shape.shape, poison, np.float32)
     slots = rng.integers(0, size, num_tokens).astype(np.int32)
@@ -93,6 +100,11 @@ def make_batch(
         layer=layer,
         histories=histories,
     )
+
+
+def _power_of_two(least: int) -> int:
+    """Sizes of few kinds, so that batches share executables."""
+    return 1 << (least - 1).bit_length()
 
 
 def oracle(spec: AttentionSpec, batch: Batch) -> np.ndarray:

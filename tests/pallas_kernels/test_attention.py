@@ -12,7 +12,7 @@ from jax import Array
 from pallas_kernels.attention import paged_attention
 from pallas_kernels.backend import BackendRefused
 from pallas_kernels.cases import attention_case
-from pallas_kernels.types import AttentionSpec
+from pallas_kernels.types import AttentionSpec, PageMetadata
 from tests.pallas_kernels.batches import Batch, make_batch, oracle
 
 BACKENDS = ("reference", "xla")
@@ -43,7 +43,7 @@ def check(spec: AttentionSpec, batch: Batch) -> None:
     expected = oracle(spec, batch)
     num_used = int(batch.pages.query_starts[-1])
     for backend in BACKENDS:
-        out, _ = run(batch, spec=spec, backend=backend)
+        out, _ = run(dataclasses.replace(batch, histories=[]), spec=spec, backend=backend)
         assert out.dtype == batch.q.dtype
         assert error(out, expected) <= TOLERANCE[jnp.dtype(spec.kv.dtype).name], backend
         assert not np.any(np.asarray(out[num_used:], np.float32)), f"{backend}: padding not zero"
@@ -57,21 +57,22 @@ def ragged(page_size: int) -> list[tuple[int, int]]:
     return decode + others
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("name", "page_size", "window", "soft_cap"),
+    ("name", "dtype", "page_size", "window", "soft_cap"),
     [
-        ("smollm2-135m", 16, None, None),
-        ("smollm2-135m", 16, 20, None),
-        ("tiny", 8, 9, 3.0),
-        ("tiny", 128, None, None),
-        ("tiny-mha", 32, None, 5.0),
-        ("tiny-mqa", 64, 70, None),
-        ("llama-3.1-8b/tp8", 16, 1, None),
+        ("smollm2-135m", "float32", 16, None, None),
+        ("smollm2-135m", "bfloat16", 16, 20, None),
+        ("tiny", "float32", 8, 9, 3.0),
+        ("tiny", "bfloat16", 128, None, None),
+        ("tiny-mha", "float32", 32, None, 5.0),
+        ("tiny-mqa", "float32", 64, 70, None),
+        ("tiny-mqa", "float32", 128, None, None),
+        ("llama-3.1-8b/tp8", "bfloat16", 16, None, None),
+        ("gemma-2b", "float32", 16, 1, None),
     ],
 )
 def test_ragged_batches_match_dense_attention(
-    name: str, page_size: int, window: int | None, soft_cap: float | None, dtype: str
+    name: str, dtype: str, page_size: int, window: int | None, soft_cap: float | None
 ) -> None:
     spec = attention_case(name, page_size=page_size, dtype=dtype, window=window, soft_cap=soft_cap)
     rows = ragged(page_size)
@@ -170,8 +171,10 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 @pytest.mark.parametrize("looped", [True, False], ids=["scan", "unrolled"])
-@pytest.mark.parametrize("num_tokens", [1, 2, 8, 64])
+@pytest.mark.parametrize("num_tokens", [1, 2, 64])
 def test_the_cache_is_never_copied(num_tokens: int, looped: bool) -> None:
+    """Through layers whose keys and values follow from the layer before, as a model's do."""
+    num_layers = 3
     spec = attention_case("smollm2-135m")
     rows = [(1, 40)] if num_tokens == 1 else [(1, 40), (num_tokens - 1, 80)]
     batch = make_batch(
@@ -180,30 +183,24 @@ def test_the_cache_is_never_copied(num_tokens: int, looped: bool) -> None:
         num_decode_rows=1,
         num_tokens=num_tokens,
         max_rows=min(num_tokens, 8),
-        num_layers=4,
-        spare_pages=400,
+        num_layers=num_layers,
+        spare_pages=500,
     )
 
-    def step(kv_pages: Array, batch: Batch) -> tuple[Array, Array]:
-        def layer(carry: tuple[Array, Array], index: int | Array) -> tuple[tuple[Array, Array], None]:
-            x, kv_pages = carry
-            return (
-                paged_attention(
-                    x, batch.k, batch.v, kv_pages, batch.pages, index, spec=spec, backend="xla"
-                ),
-                None,
-            )
+    def layer(pages: PageMetadata, x: Array, kv_pages: Array, index: int | Array):
+        k, v = x[:, :3] / 2, x[:, 3:6] / 3
+        return paged_attention(x, k, v, kv_pages, pages, index, spec=spec, backend="xla")
 
-        carry = (batch.q, kv_pages)
+    def step(kv_pages: Array, x: Array, pages: PageMetadata) -> tuple[Array, Array]:
         if looped:
-            return jax.lax.scan(layer, carry, jnp.arange(4, dtype=jnp.int32))[0]
-        for index in range(4):
-            carry, _ = layer(carry, index)
-        return carry
+            return jax.lax.fori_loop(
+                0, num_layers, lambda i, carry: layer(pages, *carry, i), (x, kv_pages)
+            )
+        for index in range(num_layers):
+            x, kv_pages = layer(pages, x, kv_pages, index)
+        return x, kv_pages
 
-    lean = dataclasses.replace(batch, kv_pages=jnp.zeros(0))
-    compiled = jax.jit(step, donate_argnums=0).lower(batch.kv_pages, lean).compile()
-    memory = compiled.memory_analysis()
+    lowered = jax.jit(step, donate_argnums=0).lower(batch.kv_pages, batch.q, batch.pages)
+    memory = lowered.compile().memory_analysis()
     assert memory is not None
-    assert batch.kv_pages.nbytes > 35e6
-    assert memory.temp_size_in_bytes < 0.25 * batch.kv_pages.nbytes
+    assert memory.temp_size_in_bytes < 0.1 * batch.kv_pages.nbytes

@@ -5,6 +5,7 @@ else's, to one not yet written, or to one written over, is caught at once. The n
 function of that hash and the choice, so each sequence has one right output, whatever ran beside it.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 from jaxserve.request import Abort, Request, TokenDelta, TokenLogprobs
@@ -124,6 +125,14 @@ class FakeRunner:
         for slot in written:
             assert slot not in read, f"{slot} is read and written in one step"
             self.pages[slot] = written[slot]
+        holders = Counter(
+            (group, page)
+            for row in plan.rows
+            for group, held in enumerate(self.rows[row.row][1].table)
+            for page in held
+        )
+        for group, page, _ in written:
+            assert holders[group, page] == 1, f"page {page} is written but has two holders"
         self.num_computed_tokens += plan.num_tokens
         return StepResult(rows=sampled, finished_s=1.0, device_s=0.0)
 

@@ -289,20 +289,61 @@ def test_every_choice_reports_what_the_leader_found_in_the_cache() -> None:
 
 
 def test_one_preempted_in_the_middle_of_its_prompt_starts_over() -> None:
-    """Two that decode grow into the blocks that two long prompts were to have."""
-    engine = Engine(num_blocks=13, max_num_batched_tokens=5, policy="priority")
-    growing = [
-        make_request(name, (token,) * 4, 34, priority=0) for name, token in (("a", 1), ("b", 2))
-    ]
-    late = make_request("late", tuple(range(36)), 2, priority=1, prompt_logprobs=0)
-    early = make_request("early", (8, 9) * 20, 2, priority=2, prompt_logprobs=0)
-    engine.add(*growing, early)
-    for _ in range(2):
-        engine.step()
-    engine.add(late)
+    engine = Engine(num_blocks=13, max_num_batched_tokens=5, enable_prefix_caching=False)
+    growing = [make_request(name, (index,) * 4, 30) for index, name in enumerate("abc")]
+    long = make_request("long", 20, 2, prompt_logprobs=0)
+    engine.add(*growing, long)
     engine.run()
-    for request in (*growing, early, late):
+    for request in (*growing, long):
         engine.check_output(request)
-    starts = [new.request.request_id for plan in engine.plans for new in plan.new_rows]
-    assert starts.count("early") > 1
-    assert engine.deltas["early", 0][0].prompt_logprobs is not None
+    rows = [row for plan in engine.plans for row in plan.rows if row.seq_id == 3]
+    starts = [i for i, row in enumerate(rows) if row.num_computed_tokens == 0]
+    assert starts[0] == 0
+    assert starts[1] > 1
+    assert not any(row.samples for row in rows[: starts[1]]), "preempted before its prompt was done"
+    first, *_ = rows[starts[1] :]
+    assert not first.wants_prompt_logprobs, "these positions have been scored before"
+
+
+def test_nobody_is_admitted_while_one_of_higher_standing_lacks_blocks() -> None:
+    engine = Engine(num_blocks=13, max_num_batched_tokens=9, policy="priority")
+    small = make_request("small", (8,), 2, priority=2)
+    decoding = make_request("decoding", (9,) * 4, 20, priority=1)
+    urgent = make_request("urgent", 40, 2, priority=0)
+    engine.add(decoding)
+    engine.step()
+    engine.add(urgent, small)
+    engine.run()
+    for request in (small, decoding, urgent):
+        engine.check_output(request)
+    sitting_out = engine.plans[5:13]
+    assert all([row.seq_id for row in plan.rows] == [0] for plan in sitting_out)
+    assert [row.seq_id for row in engine.plans[13].rows] == [1], "it took the other's blocks"
+
+
+def test_one_noted_for_a_chunk_may_be_preempted_before_its_turn() -> None:
+    engine = Engine(num_blocks=4, max_num_batched_tokens=10)
+    leader = make_request("a", 8, 4, n=2, prompt_logprobs=0)
+    other = make_request("b", (9,) * 4, 2)
+    engine.add(leader, other)
+    first, second = engine.step(), engine.step()
+    assert first is not None
+    assert second is not None
+    assert [row.num_tokens for row in first.rows] == [8, 2]
+    assert [row.seq_id for row in second.rows] == [0]
+    engine.run()
+    engine.check_output(leader, 0)
+    engine.check_output(leader, 1)
+    engine.check_output(other)
+
+
+def test_a_preempted_one_waits_for_the_token_of_its_last_step() -> None:
+    engine = Engine(num_blocks=9, steps_ahead=2)
+    a, b = make_request("a", 12, 20), make_request("b", (5,) * 12, 20)
+    engine.add(a, b)
+    while engine.scheduler.stats(None).num_preemptions == 0:
+        engine.step()
+    engine.add(Abort(request_id="a"))  # so that there is room at once
+    assert engine.scheduler.schedule() is None
+    engine.run()
+    engine.check_output(b)

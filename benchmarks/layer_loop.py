@@ -1,0 +1,220 @@
+"""Scanned against unrolled layers: what each costs to compile and to run.
+
+    python benchmarks/layer_loop.py                          # CPU: compile and run
+    python benchmarks/layer_loop.py --target v6e --target h100   # compiled with no device
+
+Targets need the packages of the extra `compile`. Their figures are read from the compiler's
+output and measure nothing: bytes accessed is its own count of what the step reads and writes
+(XLA:GPU gives none), sliced weights are what a scan copies out of the stack a step, before it
+multiplies, and temporaries are what the step allocates beside its arguments.
+"""
+
+import argparse
+import math
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+QUIET_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "JAX_PLATFORMS": "cpu",
+}
+for name, value in QUIET_TPU.items():
+    os.environ.setdefault(name, value)
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from benchmarks.common import print_table, write_json  # noqa: E402
+from jaxserve.layers.kernels import Kernels, kv_pages_shape  # noqa: E402
+from jaxserve.models.llama import spec_from_config  # noqa: E402
+from jaxserve.runner.batch import Layout  # noqa: E402
+from jaxserve.runner.model import split_model  # noqa: E402
+from jaxserve.runner.row_state import RowShapes  # noqa: E402
+from jaxserve.runner.step import DeviceState, make_step  # noqa: E402
+
+NUM_PAGES = 2048
+MODELS = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
+  model_str: "h100" device_address_bits: 64 name: "NVIDIA H100 80GB HBM3"
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+TPUS = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1", "tpu7x": "tpu7x:1x1x1"}
+
+
+def target_sharding(target: str) -> jax.sharding.Sharding | None:
+    """Where a target's arguments lie; None for this machine's CPU."""
+    if target == "cpu":
+        return None
+    if target == "h100":
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=H100, topology="1x1x1"
+        )
+    else:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target])
+    mesh = jax.sharding.Mesh(topology.devices[:1], ("x",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def build(model: str, target: str, num_tokens: int, *, scan: bool) -> tuple[Callable, tuple]:
+    """The step of one token bucket, and its abstract arguments."""
+    dtype = jnp.float32 if target == "cpu" else jnp.bfloat16
+    spec = spec_from_config(MODELS[model])
+    shapes = RowShapes(
+        max_num_seqs=64, max_model_len=1024, page_size=16, vocab_size=spec.vocab_size
+    )
+    split = split_model(
+        spec, page_size=16, kernels=Kernels("xla"), dtype=dtype, scan_layers=scan
+    )
+    layout = Layout(num_tokens, shapes)
+    kv = kv_pages_shape(
+        spec.attention(page_size=16, dtype=dtype).kv, spec.num_layers, NUM_PAGES
+    )
+    state = DeviceState((kv,), shapes.abstract())  # pyright: ignore[reportArgumentType]
+    blob = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+    step = make_step(layout, split, num_pages=(NUM_PAGES,), max_logprobs=20)
+    return step, (list(split.shapes), state, blob)
+
+
+def measure(model: str, target: str, num_tokens: int, *, scan: bool) -> dict[str, Any]:
+    """Compiles, reads the compiler's figures, and on the CPU runs."""
+    step, arguments = build(model, target, num_tokens, scan=scan)
+    sharding = target_sharding(target)
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+    )
+    start = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=1).lower(*placed)
+    lowered_s = time.perf_counter() - start
+    compiled = lowered.compile()
+    row = {
+        "model": model,
+        "target": target,
+        "tokens": num_tokens,
+        "loop": "scan" if scan else "unrolled",
+        "trace_s": lowered_s,
+        "compile_s": time.perf_counter() - start - lowered_s,
+        "accessed_mb": _accessed_mb(compiled),
+        "sliced_weights_mb": _sliced_weights_mb(compiled, MODELS[model]["num_hidden_layers"]),
+        "temporaries_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        "run_ms": None,
+    }
+    if target == "cpu":
+        row["run_ms"] = run_ms(compiled, arguments, num_tokens)
+    return row
+
+
+def _accessed_mb(compiled: Any) -> float | None:
+    cost = compiled.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    return cost["bytes accessed"] / 1e6 if cost and "bytes accessed" in cost else None
+
+
+def _sliced_weights_mb(compiled: Any, num_layers: int) -> float:
+    """Weight-sized results of slicing fusions in the layers' loop, times its trips."""
+    total = 0
+    for line in compiled.as_text().splitlines():
+        found = re.match(r"\s+(?:ROOT )?%\S*slice\S* = (f32|bf16)\[([\d,]+)\]\S* fusion\(", line)
+        if found and "kind=kCustom" not in line:
+            size = math.prod(int(n) for n in found[2].split(","))
+            if size > 100_000:
+                total += size * (4 if found[1] == "f32" else 2)
+    return total * num_layers / 1e6
+
+
+def run_ms(compiled: Any, arguments: tuple, num_tokens: int) -> float:
+    """Median of a decode step with every row at 256 tokens of context."""
+    weights, state, blob = jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), arguments)
+    shapes = RowShapes(max_num_seqs=64, max_model_len=1024, page_size=16, vocab_size=1)
+    layout = Layout(num_tokens, shapes)
+    upload = np.zeros(blob.shape, np.int32)
+    views = layout.views(upload)
+    rows = layout.num_rows
+    views["counts"][:] = rows, rows
+    views["query_starts"][:] = np.arange(rows + 1)
+    views["rows"][:] = np.arange(rows)
+    views["kv_lens"][:] = 256
+    views["num_logprobs"][:] = -1
+    views["samples"][:] = 1
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        state, sampled, _ = compiled(weights, state, jnp.asarray(upload))
+        jax.block_until_ready(sampled)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:]) * 1e3
+
+
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", choices=["cpu", "h100", *TPUS])
+    parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
+    parser.add_argument("--tokens", type=int, action="append")
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    args = parser.parse_args()
+    results = []
+    for target in args.target or ["cpu"]:
+        for tokens in args.tokens or [1, 64]:
+            for scan in (True, False):
+                results.append(measure(args.model, target, tokens, scan=scan))
+                print(results[-1], file=sys.stderr, flush=True)
+    columns = [name for name in results[0] if name != "model"]
+    print_table(f"{args.model}: layer loop", columns, [[r[c] for c in columns] for r in results])
+    if args.json:
+        write_json(args.json, benchmark="layer_loop", model=args.model, results=results)
+
+
+if __name__ == "__main__":
+    main()

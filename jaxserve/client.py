@@ -1,0 +1,313 @@
+"""Text in, text out: binds the frontend to the engine.
+
+The engine's messages are read in one place only: by the caller's thread (`LLM`), or by a reader
+thread (`AsyncLLM`). Either hands each message to `Client.handle`.
+"""
+
+import itertools
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError, EngineDeadError, RequestError, UnsupportedError
+from jaxserve.frontend.chat import RESERVED_KWARGS
+from jaxserve.frontend.processor import ParsedPrompt, Processor, Prompt
+from jaxserve.frontend.request_state import RequestState
+from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.request import Abort, Request, TokenDelta
+from jaxserve.sampling_params import RequestOutputKind, SamplingParams
+from jaxserve.step import EngineOutput, StepStats
+
+if TYPE_CHECKING:
+    from jaxserve.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+MAX_TEMPLATE_BYTES = 1 << 20
+MAX_STATS = 10_000  # steps
+
+
+class EngineLike(Protocol):
+    """What the client needs of an engine."""
+
+    vocab_size: int
+    max_model_len: int
+    outbox: queue.SimpleQueue[EngineOutput]
+
+    def start(self) -> None: ...
+    def submit(self, request: Request) -> None: ...
+    def abort(self, command: Abort) -> None: ...
+    def shutdown(self) -> None: ...
+    def summary(self) -> dict[str, object]: ...
+    def reset_prefix_cache(self) -> bool: ...
+
+
+class Client:
+    """Submits prompts and turns the engine's messages into outputs.
+
+    Thread-safe, but for `handle`, which belongs to the one reader of the outbox.
+
+    Attributes:
+        recent_stats: Of the engine's latest steps, oldest first.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        engine: EngineLike,
+        checkpoint: "Checkpoint",
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.vocab_size = engine.vocab_size
+        self.max_model_len = engine.max_model_len
+        self.processor = Processor(
+            config, checkpoint, tokenizer, engine.vocab_size, engine.max_model_len
+        )
+        self.recent_stats: deque[StepStats] = deque(maxlen=MAX_STATS)
+        self._numbers = itertools.count()
+        self._states: dict[str, RequestState] = {}  # by the engine's id
+        self._lock = threading.Lock()
+        self._dead: str | None = None
+        self._closed = False
+
+    def submit(
+        self,
+        prompt: Prompt | ParsedPrompt,
+        sampling: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        lora_request: object | None = None,
+        output_kind: RequestOutputKind | None = None,
+    ) -> RequestState:
+        """Check a request and hand it to the engine.
+
+        Args:
+            request_id: The user's; need not be unique. None: a number.
+            output_kind: Overrules the sampling parameters'.
+
+        Raises:
+            RequestError: It is refused; every other request goes on.
+            EngineDeadError: The engine has stopped.
+        """
+        self.check_health()
+        if lora_request is not None:
+            raise UnsupportedError("lora_request is not supported; leave it out")
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError(
+                f"sampling_params is a {type(sampling).__name__}; use SamplingParams",
+                param="sampling_params",
+            )
+        number = next(self._numbers)
+        shown_id = str(number) if request_id is None else request_id
+        parsed = prompt
+        if not isinstance(parsed, ParsedPrompt):
+            parsed = self.processor.parse(parsed)
+        # The number makes the engine's id unique, so that users may repeat theirs.
+        request = self.processor.process(
+            f"{shown_id}-{number}", parsed, sampling, priority=priority
+        )
+        state = RequestState(
+            request,
+            request_id=shown_id,
+            prompt=parsed.text,
+            tokenizer=self.tokenizer,
+            output_kind=output_kind,
+        )
+        with self._lock:  # known before the engine can answer
+            self._states[request.request_id] = state
+        try:
+            self.engine.submit(request)
+        except BaseException:
+            self._forget(state)
+            raise
+        if self._dead is not None:  # it died between the check and the submission
+            self._forget(state)
+            self.check_health()
+        return state
+
+    def handle(self, message: EngineOutput) -> list[RequestState]:
+        """Take one message of the engine; returns the requests that have something new."""
+        if message.stats is not None:
+            self.recent_stats.append(message.stats)
+        changed: dict[str, RequestState] = {}
+        for delta in message.deltas:
+            state = self._states.get(delta.request_id)
+            if state is None:
+                continue  # aborted here, while this was on its way
+            self._add(state, delta)
+            changed[delta.request_id] = state
+            if state.finished:
+                self._forget(state)
+        if message.error is not None:
+            for state in self._die(message.error):
+                changed[state.request.request_id] = state
+        return list(changed.values())
+
+    def next_message(self, timeout_s: float | None = None) -> EngineOutput | None:
+        """Wait for the engine's next message; None: the time is over."""
+        try:
+            return self.engine.outbox.get(timeout=timeout_s)
+        except queue.Empty:
+            self.check_health()
+            return None
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> ParsedPrompt:
+        """A conversation as a prompt; `options` are `Tokenizer.apply_chat_template`'s.
+
+        Raises:
+            RequestError: There is no template, it refuses, or the prompt is too long.
+        """
+        tokenizer = self.require_tokenizer()
+        kwargs = dict(chat_template_kwargs or {})
+        if reserved := sorted(RESERVED_KWARGS & kwargs.keys()):
+            raise RequestError(
+                f"chat_template_kwargs may not set {', '.join(reserved)}; use the argument of that "
+                "name",
+                param="chat_template_kwargs",
+            )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options, **kwargs)
+        # The template writes the begin token itself, where the model wants one.
+        return self.processor.parse(text, add_special_tokens=False)
+
+    def abort(self, request_id: str | Sequence[str]) -> list[RequestState]:
+        """End all requests that carry a user's id; returns those that were still running."""
+        ids = {request_id} if isinstance(request_id, str) else set(request_id)
+        with self._lock:
+            states = [state for state in self._states.values() if state.request_id in ids]
+        for state in states:
+            self.cancel(state)
+        return states
+
+    def cancel(self, state: RequestState) -> None:
+        """End one request, and free what it holds; without effect when it has ended."""
+        if self._forget(state):
+            state.end("abort")
+            self.engine.abort(Abort(request_id=state.request.request_id))
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that were submitted and have not ended."""
+        return len(self._states)
+
+    @property
+    def dead_error(self) -> EngineDeadError | None:
+        """Why nothing more can be served."""
+        return None if self._dead is None else EngineDeadError(self._dead)
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError when the engine has stopped."""
+        error = self.dead_error
+        if error is not None:
+            raise error
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Raises RequestError when the engine was started without one."""
+        if self.tokenizer is None:
+            raise RequestError("there is no tokenizer, because skip_tokenizer_init is set")
+        return self.tokenizer
+
+    def shutdown(self) -> None:
+        """Stop the engine; requests that run end with EngineDeadError. May be called again."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            self.engine.shutdown()
+        finally:
+            self._die("it was shut down")
+            # Wakes a reader, should the engine not have done so.
+            self.engine.outbox.put(EngineOutput(deltas=(), error="it was shut down"))
+
+    def _add(self, state: RequestState, delta: TokenDelta) -> None:
+        """Give a request its tokens. What fails in here ends this request and no other."""
+        try:
+            if state.add(delta):
+                self.engine.abort(
+                    Abort(request_id=delta.request_id, choice=delta.choice, finished=True)
+                )
+        except Exception:
+            logger.exception("request %s ends: its output cannot be read", state.request_id)
+            state.end("error")
+            self.engine.abort(Abort(request_id=delta.request_id))
+
+    def _forget(self, state: RequestState) -> bool:
+        with self._lock:
+            return self._states.pop(state.request.request_id, None) is not None
+
+    def _die(self, why: str) -> list[RequestState]:
+        with self._lock:
+            states = list(self._states.values())
+            self._states.clear()
+            if self._dead is None:
+                self._dead = f"the engine has stopped: {why}. Start a new one"
+        for state in states:
+            state.fail(EngineDeadError(self._dead))
+        return states
+
+
+def open_client(config: EngineConfig) -> Client:
+    """Load a model and start its engine.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedError: See `Engine`.
+    """
+    from jaxserve.checkpoint import open_checkpoint
+
+    template = None if config.chat_template is None else read_template(config.chat_template)
+    checkpoint = open_checkpoint(
+        config.model,
+        load_format=config.load_format,
+        hf_overrides=config.hf_overrides,
+        tokenizer=config.tokenizer,
+    )
+    # Before the weights, so that a mistake shows at once.
+    tokenizer = None if config.skip_tokenizer_init else load_tokenizer(checkpoint)
+    if tokenizer is not None and template is not None:
+        tokenizer.chat_template = template
+        tokenizer.chat_templates.clear()
+
+    from jaxserve.engine.engine import Engine
+
+    engine = Engine(config, checkpoint)
+    try:
+        client = Client(config, engine, checkpoint, tokenizer)
+        engine.start()
+    except BaseException:
+        engine.shutdown()
+        raise
+    return client
+
+
+def read_template(template: str) -> str:
+    """A chat template, from a file or as it is.
+
+    Raises:
+        ConfigError: It looks like a file's name, but there is no such file.
+    """
+    if "{" in template or "\n" in template:
+        return template
+    path = Path(template).expanduser()
+    try:
+        if path.stat().st_size > MAX_TEMPLATE_BYTES:
+            raise ValueError(f"it is larger than {MAX_TEMPLATE_BYTES} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"chat_template={template!r} is neither a template (it has no braces) nor a readable "
+            f"file ({error}); pass one of the two"
+        ) from None
