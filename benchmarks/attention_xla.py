@@ -13,7 +13,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -142,7 +142,7 @@ def dense_step(spec: AttentionSpec, shape: Shape) -> Callable[[], Array]:
 
     def one(q: Array, k: Array, v: Array, kv_lens: Array) -> Array:
         dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-        rows, _, _, num_queries, _ = q.shape
+        num_queries = q.shape[3]
         logits = dot("bkgqh,bksh->bkgqs", q, k) * spec.scale
         last = kv_lens[:, None] - num_queries + jnp.arange(num_queries)  # [B, Q]
         seen = jnp.arange(k.shape[2]) <= last[:, :, None]
@@ -172,7 +172,7 @@ def dense_step(spec: AttentionSpec, shape: Shape) -> Callable[[], Array]:
     return lambda: step(arguments)
 
 
-def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+def measure(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
     """Milliseconds a layer of each call, taken in turns: median wall and least process time."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(repeats + 1):  # the first compiles
@@ -192,7 +192,7 @@ def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, d
 
 def main() -> None:
     """Print the table; write the same figures as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time of a layer's paged attention.")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--case", choices=CASES, default="smollm2-135m")
@@ -202,9 +202,8 @@ def main() -> None:
     spec = attention_case(args.case)
     results = []
     print(f"{args.case} on {jax.devices()[0].device_kind}, ms a layer")
-    print(
-        f"{'shape':24}{'wall':>9}{'cpu':>9}{'kv GB/s':>9}{'dense':>9}{'cpu':>9}{'ratio':>7}{'cpu':>7}"
-    )
+    columns = ("wall", "cpu", "kv GB/s", "dense", "cpu", "ratio", "cpu")
+    print(f"{'shape':24}" + "".join(f"{column:>9}" for column in columns))
     for name, shape in shapes().items():
         if args.only and name not in args.only:
             continue
@@ -228,7 +227,7 @@ def main() -> None:
         print(
             f"{name:24}{paged['wall_ms']:9.3f}{paged['cpu_ms']:9.3f}{result['kv_gb_per_s']:9.2f}"
             f"{dense['wall_ms']:9.3f}{dense['cpu_ms']:9.3f}"
-            f"{result['wall_ratio']:7.2f}{result['cpu_ratio']:7.2f}"
+            f"{result['wall_ratio']:9.2f}{result['cpu_ratio']:9.2f}"
         )
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")

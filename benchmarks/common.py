@@ -1,6 +1,7 @@
 """What the benchmarks share: the device, versions, tables, the JSON file, medians, step figures."""
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -8,12 +9,15 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from jaxserve.step import StepStats
+
+if TYPE_CHECKING:
+    from jaxserve.llm import LLM
 
 PACKAGES = ("jaxserve-llm", "jax", "jaxlib", "flax", "numpy", "transformers", "torch")
 
@@ -49,10 +53,23 @@ def median(values: Iterable[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def step_figures(
-    steps: Sequence[StepStats], before: StepStats | None = None
-) -> dict[str, float | int | None]:
-    """What the steps of one measurement say together; `before` is the last step before them.
+class StepLog:
+    """The figures of an engine's steps, one measurement at a time."""
+
+    def __init__(self, llm: "LLM") -> None:
+        self._llm = llm
+        self._last: StepStats | None = None
+
+    def take(self) -> list[StepStats]:
+        """The steps since the last call, as far as the engine still keeps them."""
+        steps = self._llm.engine_stats()
+        new = list(itertools.takewhile(lambda s: s is not self._last, reversed(steps)))[::-1]
+        self._last = steps[-1] if steps else None
+        return new
+
+
+def step_figures(steps: Sequence[StepStats]) -> dict[str, float | int | None]:
+    """What the steps of one measurement say together.
 
     `kv_waste` is the share of the KV places held by running sequences that hold no token, over
     all steps. Host and device times are means per step.
@@ -66,8 +83,6 @@ def step_figures(
         "host_ms_per_step": 1e3 * statistics.fmean(s.host_s for s in steps),
         "device_ms_per_step": 1e3 * statistics.fmean(s.device_s for s in steps),
         "kv_waste": 1 - written / allocated if allocated else None,
-        "num_preemptions": steps[-1].num_preemptions - (before.num_preemptions if before else 0),
-        "prefix_hit_tokens": steps[-1].num_prefix_hits - (before.num_prefix_hits if before else 0),
     }
 
 

@@ -1,6 +1,7 @@
 """`AsyncLLM`: the asynchronous Python interface, one stream of outputs a request."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 import weakref
@@ -11,7 +12,7 @@ from jaxserve.client import Client, open_client
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDeadError
 from jaxserve.frontend.engine_args import engine_config
-from jaxserve.frontend.processor import ParsedPrompt, Prompt
+from jaxserve.frontend.prompts import ParsedPrompt, Prompt
 from jaxserve.frontend.request_state import RequestState
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.outputs import RequestOutput
@@ -196,8 +197,7 @@ class AsyncLLM:
     def __del__(self) -> None:
         client = getattr(self, "client", None)  # absent when the constructor failed
         if client is not None:
-            import contextlib
-
+            # At interpreter exit the modules that shutdown needs may be gone.
             with contextlib.suppress(Exception):
                 client.shutdown()
 

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, EngineDeadError, RequestError, UnsupportedError
 from jaxserve.frontend.chat import RESERVED_KWARGS
-from jaxserve.frontend.processor import ParsedPrompt, Processor, Prompt
+from jaxserve.frontend.processor import Processor
+from jaxserve.frontend.prompts import ParsedPrompt, Prompt
 from jaxserve.frontend.request_state import RequestState
-from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.frontend.tokenizer_files import load_tokenizer
 from jaxserve.request import Abort, Request, TokenDelta
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.step import EngineOutput, StepStats

@@ -1,5 +1,7 @@
 """`LLM`: the synchronous Python interface, with vLLM's names and signatures."""
 
+import contextlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -8,8 +10,8 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import RequestError
 from jaxserve.frontend.beam_search import beam_search
 from jaxserve.frontend.engine_args import engine_config
-from jaxserve.frontend.processor import ParsedPrompt, Prompt, is_token_ids
 from jaxserve.frontend.progress import Progress
+from jaxserve.frontend.prompts import ParsedPrompt, Prompt, is_token_ids
 from jaxserve.frontend.request_state import RequestState
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.outputs import BeamSearchOutput, Logprob, RequestOutput
@@ -58,8 +60,6 @@ class LLM:
         self._bind(open_client(config))
 
     def _bind(self, client: Client) -> None:
-        import threading
-
         self.client = client
         self.config = client.config
         self.vocab_size = client.vocab_size
@@ -211,8 +211,6 @@ class LLM:
         client = getattr(self, "client", None)  # absent when the constructor failed
         if client is not None:
             # At interpreter exit the modules that shutdown needs may be gone.
-            import contextlib
-
             with contextlib.suppress(Exception):
                 client.shutdown()
 

@@ -1,8 +1,26 @@
 """Attention over paged KV in plain XLA: the CPU's backend, and that of chips without a kernel.
 
 Online softmax over chunks of pages (FlashAttention, arXiv 2205.14135), in two loops whose trip
-counts follow the data: one over the context of all decode rows at once, one over tiles of the
-other rows' queries. The cache is only ever gathered from.
+counts follow the data: one over the chunks of all decode rows, one over tiles of the other rows'
+queries. The cache is only ever gathered from; every step's part of it stays small enough for a
+core's cache, which is where most of the speed on a CPU comes from.
+
+Measured on a busy 2-core AVX512 machine with benchmarks.attention_xla's model (9 heads, 3 kv heads,
+head_dim 64, float32, pages of 16), in ms of process time a layer, least of 9; runs differ by 10%.
+64 decode rows of 100-380 tokens, where dense attention on contiguous KV took 5.5:
+
+    lanes x chunk     8 x 64: 7.7   16 x 32: 7.3   4 x 64: 8.7   8 x 32: 9.0   8 x 128: 10.1
+    no lanes          8 rows at once: 8.7   all rows at once: 13.6
+    what is gathered  rows of all heads: 7.7   [2K, H] blocks of a page: 9.0
+    compute           dot: 7.9   multiply and sum: 9.9   dot, gather transposed: 9.6
+    keeping partials  scatter: 7.7   slice by slice: 7.7   one array: 7.6
+
+Prefill, queries a tile x chunk, for mixed 512 / 32 rows of 32 over a shared prefix / one of 512:
+
+    32 x 64: 7.9 / 35 / 9.3     32 x 128: 8.7 / 37 / 9.9    32 x 512: 14.5 / 50 / 14.2
+    16 x 64: 9.1 / 42 / 11.2    64 x 64: 7.8 / 57 / 8.1     64 x 128: 8.4 / 58 / 8.5
+
+Two thirds of a decode layer are the gather and the two copies that bring heads before tokens.
 """
 
 import functools
@@ -18,7 +36,7 @@ from pallas_kernels.types import AttentionSpec, PageMetadata
 _CHUNK = 64  # kv tokens of a row that one step reads
 _DECODE_BYTES = 1 << 20  # of keys and values all lanes read in a step
 _QUERY_TILE = 32  # queries of one row that share a pass over its context
-_NEVER = float(jnp.finfo(jnp.float32).min)  # a logit that is not seen: finite, so no NaN comes of it
+_NEVER = float(jnp.finfo(jnp.float32).min)  # the logit of what is not seen; finite: no NaN of it
 
 
 class _Softmax(NamedTuple):
@@ -99,7 +117,11 @@ def _attend_decode(
         state = _advance(state, logits, seen[:, None, None], v, "mkgs,mskh->mkgh", spec)
         return jax.tree.map(
             lambda each, new: each.at[row + lanes].set(
-                new, mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True
+                new,
+                mode="promise_in_bounds",
+                unique_indices=True,
+                indices_are_sorted=True,
+                wrap_negative_indices=False,
             ),
             partials,
             state,
@@ -220,7 +242,7 @@ def _gather(kv_pages: Array, ids: Array, spec: AttentionSpec) -> tuple[Array, Ar
 
 def _take(array: Array, indices: Array | tuple[Array, ...]) -> Array:
     """array[indices], for indices that are known to be in bounds."""
-    return array.at[indices].get(mode="promise_in_bounds")
+    return array.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _dot(subscripts: str, a: Array, b: Array) -> Array:

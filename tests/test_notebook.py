@@ -64,8 +64,8 @@ def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     text = {name: "".join(o.get("text", "") for o in found) for name, found in outputs.items()}
     for word in ("model", "dtype", "device", "attention", "KV cache", "concurrency", "compile"):
-        assert word in text["load"]
+        assert word in str(outputs["load"])
     assert "The capital of France is" in text["generate"]
-    assert "4/4" in text["generate"]  # the progress bar
+    assert "4/4" in str(outputs["generate"])  # the progress bar
     assert len(text["chat"].strip()) > 10
     assert any("image/png" in output.get("data", {}) for output in outputs["plot"])

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import step_figures, write_json
+from benchmarks.common import StepLog, step_figures, write_json
 from benchmarks.gpu.shapes import Shape
 from jaxserve import LLM, SamplingParams
 from jaxserve.outputs import RequestOutput
@@ -60,7 +60,6 @@ class Bench:
         self.shape = Shape.read(args.config, 4 if args.smoke else 2)
         self.ceilings = json.loads(args.ceilings.read_text())
         self.record: dict[str, Any] = {"shape": asdict(self.shape), "ceilings": self.ceilings}
-        self.last_step: StepStats | None = None
         start = time.perf_counter()
         self.llm = LLM(
             model=str(args.config),
@@ -73,7 +72,8 @@ class Bench:
             max_num_batched_tokens=self.sizes.max_num_batched_tokens,
             **args.args,
         )
-        self.save("start_up", {"seconds": time.perf_counter() - start, **self.llm.engine_summary()})
+        self.save("start_up", {"seconds": time.perf_counter() - start, **self.llm.summary()})
+        self.log = StepLog(self.llm)
 
     @property
     def left_s(self) -> float:
@@ -101,9 +101,9 @@ class Bench:
         sampling = SamplingParams(
             temperature=0, max_tokens=num_out, ignore_eos=True, detokenize=False
         )
-        self.last_step = (self.llm.engine_stats() or [self.last_step])[-1]
+        self.log.take()
         outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
-        return outputs, self.llm.engine_stats()
+        return outputs, self.log.take()
 
     def decode(self, rows: int) -> None:
         """Steps in which all rows decode: between the last first token and the first last token."""
@@ -175,7 +175,7 @@ class Bench:
             "seconds": wall_s,
             "output_tokens_per_s": count / wall_s,
             "total_tokens_per_s": (count + num * num_in) / wall_s,
-            **step_figures(stats, self.last_step),
+            **step_figures(stats),
         }
         self.save("offline", figures)
 

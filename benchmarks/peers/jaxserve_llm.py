@@ -4,7 +4,7 @@ import time
 
 import protocol
 
-from benchmarks.common import step_figures
+from benchmarks.common import StepLog, step_figures
 from jaxserve import LLM, SamplingParams
 
 DEFAULTS = {"max_model_len": 1024, "max_num_seqs": 64}
@@ -17,7 +17,8 @@ def run(llm: LLM, requests: protocol.Requests) -> dict:
         SamplingParams(temperature=0, max_tokens=r["max_tokens"], ignore_eos=True, detokenize=False)
         for r in requests
     ]
-    before = llm.engine_stats()
+    log = StepLog(llm)
+    log.take()
     start = time.perf_counter()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     wall_s = time.perf_counter() - start
@@ -31,12 +32,13 @@ def run(llm: LLM, requests: protocol.Requests) -> dict:
         "wall_s": wall_s,
         "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
         **protocol.latency(times, min(arrivals)),
-        **step_figures(llm.engine_stats(), before[-1] if before else None),
+        "cached_tokens": sum(output.num_cached_tokens or 0 for output in outputs),
+        **step_figures(log.take()),
     }
 
 
 def main() -> None:
-    args = protocol.parser(__doc__ or "").parse_args()
+    args = protocol.parser(__doc__).parse_args()
     start = time.perf_counter()
     llm = LLM(
         model=args.model,

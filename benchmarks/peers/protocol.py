@@ -17,7 +17,7 @@ from typing import Any
 Requests = list[dict[str, Any]]  # {"prompt_token_ids": [...], "max_tokens": n}
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
+def parser(doc: str | None) -> argparse.ArgumentParser:
     """The arguments that every runner takes."""
     p = argparse.ArgumentParser(description=doc)
     p.add_argument("workloads", nargs="*", help="workload files; default: one per line of stdin")

@@ -1,11 +1,13 @@
-"""Sampling defaults from a model's generation_config.json."""
+"""What a model brings for sampling: defaults of generation_config.json, and tokens that end."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxserve.errors import CheckpointError, ConfigError, RequestError
+from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.sampling_params import SamplingParams
 
 MAX_JSON_BYTES = 1 << 20
@@ -21,6 +23,14 @@ _FIELDS = {
     "max_new_tokens": "max_tokens",
     "skip_special_tokens": "skip_special_tokens",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndTokens:
+    """The tokens that end an output: EOS, and further ones of the generation config."""
+
+    eos_token_id: int | None
+    extra: tuple[int, ...]
 
 
 def read_generation_config(choice: str, own: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -68,3 +78,28 @@ def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
             "generation_config='vllm' (--generation-config vllm) to ignore it"
         ) from None
     return found
+
+
+def end_tokens(
+    generation_config: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+) -> EndTokens:
+    """EOS is the tokenizer's; the generation config's others end an output like stop tokens."""
+    extra = [*_ids(generation_config.get("eos_token_id"))]
+    if tokenizer is not None:
+        extra += tokenizer.stop_token_ids
+    eos = None if tokenizer is None else tokenizer.eos_token_id
+    if eos is None:
+        eos = next(iter([*extra, *_ids(model_config.get("eos_token_id"))]), None)
+    extra = [i for i in dict.fromkeys(extra) if i != eos and 0 <= i < vocab_size]
+    return EndTokens(
+        eos_token_id=eos if eos is not None and 0 <= eos < vocab_size else None,
+        extra=tuple(extra),
+    )
+
+
+def _ids(value: object) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [i for i in values if isinstance(i, int) and not isinstance(i, bool)]

@@ -16,8 +16,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def small() -> list[str]:
     """Engine flags: few shapes to compile, a small KV cache."""
     return [
-        *("--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"),
-        *("--num-gpu-blocks-override", "80"),
+        *("--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "16"),
+        *("--num-gpu-blocks-override", "80", "--layer-loop", "scan"),
     ]
 
 

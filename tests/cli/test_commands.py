@@ -55,15 +55,17 @@ def test_a_prompt_over_the_limit_is_one_line(jaxserve: Run, small: list[str]) ->
 
 
 def test_chat_remembers_and_reads_lines_from_a_pipe(jaxserve: Run, small: list[str]) -> None:
-    lines = "My name is Ada. Say hello.\n/nonsense\nWhat is my name?\n/reset\n/exit\nnever read\n"
+    lines = "What is the capital of France?\n/nonsense\nAnd of Italy?\n/reset\n/exit\nnever read\n"
     flags = ["--temperature", "0", "--max-tokens", "24", "--stats"]
     run = jaxserve("chat", "demo", *flags, *small, stdin=lines)
     assert run.returncode == 0, run.stderr
-    assert "Ada" in run.stdout.strip().splitlines()[-1]
+    assert "Paris" in run.stdout
     assert "unknown command /nonsense" in run.stderr
-    first, second = re.findall(r"\[(\d+) tokens in, (\d+) of them cached, (\d+) out", run.stderr)
-    assert first[1] == "0"
-    assert int(second[1]) >= 16  # the first turn's pages
+    found = re.findall(r"\[(\d+) tokens in, (\d+) of them cached, (\d+) out", run.stderr)
+    first, second = [[int(number) for number in numbers] for numbers in found]
+    assert first[1] == 0
+    assert second[0] > first[0] + first[2]  # the whole conversation
+    assert second[1] >= 16  # the first turn's pages
 
 
 def test_chat_answers_one_message(jaxserve: Run, small: list[str]) -> None:
