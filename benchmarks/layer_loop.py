@@ -113,13 +113,9 @@ def build(model: str, target: str, num_tokens: int, *, scan: bool) -> tuple[Call
     shapes = RowShapes(
         max_num_seqs=64, max_model_len=1024, page_size=16, vocab_size=spec.vocab_size
     )
-    split = split_model(
-        spec, page_size=16, kernels=Kernels("xla"), dtype=dtype, scan_layers=scan
-    )
+    split = split_model(spec, page_size=16, kernels=Kernels("xla"), dtype=dtype, scan_layers=scan)
     layout = Layout(num_tokens, shapes)
-    kv = kv_pages_shape(
-        spec.attention(page_size=16, dtype=dtype).kv, spec.num_layers, NUM_PAGES
-    )
+    kv = kv_pages_shape(spec.attention(page_size=16, dtype=dtype).kv, spec.num_layers, NUM_PAGES)
     state = DeviceState((kv,), shapes.abstract())  # pyright: ignore[reportArgumentType]
     blob = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
     step = make_step(layout, split, num_pages=(NUM_PAGES,), max_logprobs=20)
@@ -136,7 +132,7 @@ def measure(model: str, target: str, num_tokens: int, *, scan: bool) -> dict[str
     start = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=1).lower(*placed)
     lowered_s = time.perf_counter() - start
-    compiled = lowered.compile()
+    compiled: Any = lowered.compile()
     row = {
         "model": model,
         "target": target,
@@ -195,10 +191,8 @@ def run_ms(compiled: Any, arguments: tuple, num_tokens: int) -> float:
     return statistics.median(times[2:]) * 1e3
 
 
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", action="append", choices=["cpu", "h100", *TPUS])
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--tokens", type=int, action="append")

@@ -1,14 +1,13 @@
 """`AsyncLLM`: the asynchronous Python interface, one stream of outputs a request."""
 
 import asyncio
-import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from jaxserve.client import Client, open_client
+from jaxserve.client import Client, open_client, shut_down_with
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDeadError
 from jaxserve.frontend.engine_args import engine_config
@@ -63,6 +62,7 @@ class AsyncLLM:
 
     def _bind(self, client: Client) -> None:
         self.client = client
+        shut_down_with(self, client)
         self.config = client.config
         self.vocab_size = client.vocab_size
         self.max_model_len = client.max_model_len
@@ -194,26 +194,27 @@ class AsyncLLM:
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
 
-    def __del__(self) -> None:
-        client = getattr(self, "client", None)  # absent when the constructor failed
-        if client is not None:
-            # At interpreter exit the modules that shutdown needs may be gone.
-            with contextlib.suppress(Exception):
-                client.shutdown()
-
     def _wake(self, states: Sequence[RequestState]) -> None:
         """Tell the consumers that there is something to take; one call a loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
         with self._lock:
-            for state in states:
-                mailbox = self._mailboxes.get(state.request.request_id)
-                if mailbox is not None:
-                    by_loop.setdefault(mailbox.loop, []).append(mailbox.news)
-        for loop, events in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_set_all, events)
-            except RuntimeError:  # that loop is closed, and its consumers with it
-                logger.debug("the event loop of %d requests is closed", len(events))
+            found = [self._mailboxes.get(state.request.request_id) for state in states]
+        _ring(mailbox for mailbox in found if mailbox is not None)
+
+    def _wake_all(self) -> None:
+        with self._lock:
+            found = list(self._mailboxes.values())
+        _ring(found)
+
+
+def _ring(mailboxes: Iterable[_Mailbox]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    for mailbox in mailboxes:
+        by_loop.setdefault(mailbox.loop, []).append(mailbox.news)
+    for loop, events in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_set_all, events)
+        except RuntimeError:  # that loop is closed, and its consumers with it
+            logger.debug("the event loop of %d requests is closed", len(events))
 
 
 def _set_all(events: Sequence[asyncio.Event]) -> None:
@@ -232,7 +233,9 @@ def _read(owner: "weakref.ref[AsyncLLM]", client: Client) -> None:
             message = EngineOutput(deltas=(), error=f"{type(error).__name__}: {error}")
             states = client.handle(message)
         llm = owner()
-        if llm is not None:
+        if llm is not None and message.error is not None:
+            llm._wake_all()  # also those that a shutdown has failed already
+        elif llm is not None:
             llm._wake(states)
         if message.error is not None:
             return

@@ -4,10 +4,12 @@ The engine's messages are read in one place only: by the caller's thread (`LLM`)
 thread (`AsyncLLM`). Either hands each message to `Client.handle`.
 """
 
+import atexit
 import itertools
 import logging
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -293,6 +295,15 @@ def open_client(config: EngineConfig) -> Client:
         engine.shutdown()
         raise
     return client
+
+
+def shut_down_with(owner: object, client: Client) -> None:
+    """Stop a client when its owner is collected, and at the latest before the interpreter ends."""
+    finalizer = weakref.finalize(owner, client.shutdown)
+    # Not at weakref's own moment: that can be after JAX has let go of the device. atexit runs
+    # backwards, so what is registered now runs before, while the engine's thread still can.
+    finalizer.atexit = False
+    atexit.register(finalizer)
 
 
 def read_template(template: str) -> str:

@@ -1,8 +1,8 @@
 """The engine's arguments, with vLLM's names and defaults where the meaning is the same."""
 
 import math
-from dataclasses import dataclass, field
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxserve.errors import ConfigError
@@ -82,7 +82,6 @@ def _problems(c: EngineConfig) -> Iterator[str]:
         "max_num_batched_tokens",
         "kv_cache_memory_bytes",
         "num_gpu_blocks_override",
-        "block_size",
         "max_num_queued_reqs",
     ):
         value = getattr(c, name)
@@ -92,9 +91,8 @@ def _problems(c: EngineConfig) -> Iterator[str]:
             yield f"{name}={value!r} is not an integer; pass a whole number of at least 1"
         elif value < 1:
             yield f"{name}={value} is too small; use at least 1"
-    if c.block_size is not None and c.block_size in range(1, 1 << 20):
-        if c.block_size & (c.block_size - 1) or not 8 <= c.block_size <= 128:
-            yield f"block_size={c.block_size} is not usable; use 8, 16, 32, 64 or 128"
+    if c.block_size not in (None, 8, 16, 32, 64, 128):
+        yield f"block_size={c.block_size!r} is not usable; use 8, 16, 32, 64 or 128"
     if c.max_logprobs < -1:
         yield f"max_logprobs={c.max_logprobs} is too small; use -1 for the whole vocabulary"
     u = c.gpu_memory_utilization

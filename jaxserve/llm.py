@@ -1,11 +1,10 @@
 """`LLM`: the synchronous Python interface, with vLLM's names and signatures."""
 
-import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
-from jaxserve.client import Client, open_client, read_template
+from jaxserve.client import Client, open_client, read_template, shut_down_with
 from jaxserve.config import EngineConfig
 from jaxserve.errors import RequestError
 from jaxserve.frontend.beam_search import beam_search
@@ -61,6 +60,7 @@ class LLM:
 
     def _bind(self, client: Client) -> None:
         self.client = client
+        shut_down_with(self, client)
         self.config = client.config
         self.vocab_size = client.vocab_size
         self.max_model_len = client.max_model_len
@@ -206,13 +206,6 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
-
-    def __del__(self) -> None:
-        client = getattr(self, "client", None)  # absent when the constructor failed
-        if client is not None:
-            # At interpreter exit the modules that shutdown needs may be gone.
-            with contextlib.suppress(Exception):
-                client.shutdown()
 
     # How it runs
 

@@ -122,7 +122,9 @@ class SamplingParams:
             values["max_tokens"] = given["max_tokens"]
         bias = values.get("logit_bias")
         if bias is not None:
-            values["logit_bias"] = {_token_id(k): min(100.0, max(-100.0, v)) for k, v in bias.items()}
+            values["logit_bias"] = {
+                _token_id(k): min(100.0, max(-100.0, v)) for k, v in bias.items()
+            }
         return cls(**values)
 
 
@@ -154,8 +156,10 @@ def _problems(p: SamplingParams) -> Iterator[tuple[str, str]]:
         ("repetition_penalty", 0, math.inf, "more than 0"),
     ):
         value = getattr(p, name)
-        if not _is_number(value) or not low <= value <= high or (
-            value == 0 and name in ("top_p", "repetition_penalty")
+        if (
+            not _is_number(value)
+            or not low <= value <= high
+            or (value == 0 and name in ("top_p", "repetition_penalty"))
         ):
             yield name, f"{name}={value!r} is not allowed; use a number {rule}"
     for name, low, rule in (
@@ -193,7 +197,10 @@ def _problems(p: SamplingParams) -> Iterator[tuple[str, str]]:
         if value is not None and any(not _is_int(i) or i < 0 for i in value):
             yield name, f"{name} holds something that is not a token id; use whole numbers from 0"
     if p.allowed_token_ids is not None and not p.allowed_token_ids:
-        yield "allowed_token_ids", "allowed_token_ids=[] allows nothing; leave it out or name tokens"
+        yield (
+            "allowed_token_ids",
+            "allowed_token_ids=[] allows nothing; leave it out or name tokens",
+        )
     if p.logit_bias is not None:
         if any(not _is_int(k) or k < 0 or not _is_number(v) for k, v in p.logit_bias.items()):
             yield "logit_bias", "logit_bias must map token ids (whole numbers from 0) to numbers"

@@ -77,7 +77,9 @@ class StepStats:
     num_decode_tokens: int
     num_used_blocks: int
     num_free_blocks: int  # free or evictable
-    num_allocated_slots: int  # token places in the blocks that running sequences hold (shared: once)
+    num_allocated_slots: (
+        int  # token places in the blocks that running sequences hold (shared: once)
+    )
     num_written_slots: int  # of those, places that hold a token
     num_preemptions: int  # since start
     num_prefix_queries: int  # tokens looked up in the prefix cache since start

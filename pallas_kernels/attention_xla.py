@@ -2,16 +2,16 @@
 
 Online softmax over chunks of pages (FlashAttention, arXiv 2205.14135), in two loops whose trip
 counts follow the data: one over the chunks of all decode rows, one over tiles of the other rows'
-queries. The cache is only ever gathered from; every step's part of it stays small enough for a
-core's cache, which is where most of the speed on a CPU comes from.
+queries. The cache is only ever gathered from, about a megabyte a step: more is slower on a CPU.
 
 Measured on a busy 2-core AVX512 machine with benchmarks.attention_xla's model (9 heads, 3 kv heads,
-head_dim 64, float32, pages of 16), in ms of process time a layer, least of 9; runs differ by 10%.
+head_dim 64, float32, pages of 16), in ms of process time a layer, least of 5 to 9 repeats; runs
+differ by 10%. How either loop gains from the second core could not be seen there.
 64 decode rows of 100-380 tokens, where dense attention on contiguous KV took 5.5:
 
     lanes x chunk     8 x 64: 7.7   16 x 32: 7.3   4 x 64: 8.7   8 x 32: 9.0   8 x 128: 10.1
     no lanes          8 rows at once: 8.7   all rows at once: 13.6
-    what is gathered  rows of all heads: 7.7   [2K, H] blocks of a page: 9.0
+    what is gathered  flat rows of a token: 7.7   whole pages: 9.0
     compute           dot: 7.9   multiply and sum: 9.9   dot, gather transposed: 9.6
     keeping partials  scatter: 7.7   slice by slice: 7.7   one array: 7.6
 

@@ -41,9 +41,7 @@ def write_kv(
         page, offset = slots[0] // spec.page_size, slots[0] % spec.page_size
         return lax.dynamic_update_slice(kv_pages, pairs[None], (page, offset, 0, 0))
     rows = kv_pages.reshape(-1, *kv_pages.shape[2:])  # [L * num_pages * page_size, 2K, H], a view
-    rows = rows.at[slots].set(
-        pairs, mode="promise_in_bounds", wrap_negative_indices=False
-    )
+    rows = rows.at[slots].set(pairs, mode="promise_in_bounds", wrap_negative_indices=False)
     return rows.reshape(kv_pages.shape)
 
 

@@ -42,7 +42,7 @@ def test_a_notebook_opens_in_colab(path: Path) -> None:
     link = f"https://colab.research.google.com/github/jaxserve/jaxserve/blob/main/colab/{path.name}"
     assert f"({link})" in notebook.cells[0].source
     assert notebook.metadata.kernelspec.name == "python3"
-    assert any("#@param" in source for source in sources(notebook, "code"))
+    assert any("# @param" in source for source in sources(notebook, "code"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

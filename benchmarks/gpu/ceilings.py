@@ -45,8 +45,11 @@ def main() -> None:
         "bfloat16_flops_per_s": 2 * side**3 / product_s,
     }
     rows = [
-        (f"copy of {size >> 20} MiB, read + written, TB/s", figures["copy_bytes_per_s"] / 1e12),
-        (f"bfloat16 {side}^3 product, TFLOP/s", figures["bfloat16_flops_per_s"] / 1e12),
+        (
+            f"copy of {size >> 20} MiB, read + written, TB/s",
+            f"{figures['copy_bytes_per_s'] / 1e12:.3f}",
+        ),
+        (f"bfloat16 {side}^3 product, TFLOP/s", f"{figures['bfloat16_flops_per_s'] / 1e12:.1f}"),
     ]
     print_table(f"Ceilings of {d.device_kind}, measured", ["", "value"], rows)
     write_json(args.json, benchmark="ceilings", **figures)

@@ -26,7 +26,7 @@ def report(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Prints one shape's figures; what was not measured is a dash."""
     name = ours["shape"]["name"]
     c = ours["ceilings"]
-    bandwidth = f"{c['copy_bytes_per_s'] / 1e12:.2f} TB/s copy, measured"
+    bandwidth = f"{c['copy_bytes_per_s'] / 1e12:.3f} TB/s copy, measured"
     print(f"\n{name} on {c['device']} ({bandwidth}), random weights")
     print(NOTES.get(name, ""))
     mine, peer = by_rows(ours), by_rows(theirs)
@@ -39,7 +39,7 @@ def report(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         host = f"{d['host_ms']:.2f}"
         them = f"{other:.2f}" if other else None
         rows.append([r, int(d["context"]), *times, share, host, them, ratio(cells[0], other)])
-    columns = ["rows", "context", "ms/step", "roofline ms", "% of it", "host ms", "transformers",
+    columns = ["rows", "context", "ms/step", "roofline ms", "% of roofline", "host ms", "transformers",
                "jaxserve is"]  # fmt: skip
     print_table("Decode", columns, rows)
     lines: list[list[object]] = []

@@ -117,7 +117,8 @@ class Bench:
         if not steps or window_s <= 0:
             self.save("decode", {"rows": rows, "error": "rows were never all decoding"})
             return
-        context = statistics.fmean(x.num_written_slots for x in steps) / rows
+        written = [x.num_written_slots for x in steps if x.num_running == rows]  # not the last
+        context = statistics.fmean(written) / rows if written else float(s.context)
         step_s = window_s / len(steps)
         least_s = self.shape.decode_bytes(rows, context) / self.ceilings["copy_bytes_per_s"]
         self.save(

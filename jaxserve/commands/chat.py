@@ -1,6 +1,7 @@
 """Talk with a model in the terminal; answers are streamed.
 
-Ctrl-C stops an answer, Ctrl-D or /exit ends the conversation, /help lists what else there is.
+Ctrl-C stops an answer, Ctrl-D or /exit ends the conversation, /help lists what else there is. Where
+neither a flag nor the model says otherwise, the temperature is 0.7 and an answer as long as fits.
 """
 
 import argparse

@@ -34,7 +34,13 @@ QUESTIONS = (
     "Give one tip for sleeping well.",
 )
 DEFAULTS = {"temperature": 0.2, "top_p": 0.9, "seed": 1, "max_tokens": 80}
-SIZES = {"max_model_len": 1024, "max_num_seqs": 8, "max_num_batched_tokens": 256}
+# Few programs, compiled as a loop over layers: the first answer comes sooner.
+SIZES = {
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "layer_loop": "scan",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

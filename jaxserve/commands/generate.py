@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from jaxserve.commands.sampling_args import (
 )
 
 if TYPE_CHECKING:
-    from jaxserve.outputs import CompletionOutput, RequestOutput
+    from jaxserve.outputs import Logprob, RequestOutput
 
 MAX_TOKENS = 128  # unless --max-tokens is given
 
@@ -97,19 +98,24 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         )
     else:
         prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
-    if not prompts or any(not prompt for prompt in prompts):
+    if not prompts:
+        raise UsageError("no prompt was given; write one after MODEL, or one a line in the file")
+    if "" in prompts:
         raise UsageError("a prompt is empty; pass at least one character in each")
     return prompts
 
 
 def _print_plain(i: int, prompt: str, output: "RequestOutput", *, headed: bool) -> None:
+    if output.prompt_logprobs is not None:
+        rows = json.dumps(_logprobs(output.prompt_logprobs), ensure_ascii=False)
+        print(f"prompt logprobs: {rows}")
     for choice in output.outputs:
         if headed or len(output.outputs) > 1:
             which = f"{i + 1}" + (f".{choice.index + 1}" if len(output.outputs) > 1 else "")
             print(f"[{which}] {prompt}")
         print(choice.text)
         if choice.logprobs is not None:
-            print(f"logprobs: {json.dumps(_logprobs(choice), ensure_ascii=False)}")
+            print(f"logprobs: {json.dumps(_logprobs(choice.logprobs), ensure_ascii=False)}")
         if headed or len(output.outputs) > 1:
             print()
 
@@ -124,23 +130,28 @@ def _as_json(i: int, prompt: str, output: "RequestOutput") -> dict[str, Any]:
             "stop_reason": choice.stop_reason,
         }
         if choice.logprobs is not None:
-            found["logprobs"] = _logprobs(choice)
+            found["logprobs"] = _logprobs(choice.logprobs)
         choices.append(found)
-    return {
+    result = {
         "index": i,
         "prompt": prompt,
         "num_prompt_tokens": len(output.prompt_token_ids),
         "num_cached_tokens": output.num_cached_tokens,
         "outputs": choices,
     }
+    if output.prompt_logprobs is not None:
+        result["prompt_logprobs"] = _logprobs(output.prompt_logprobs)
+    return result
 
 
-def _logprobs(choice: "CompletionOutput") -> list[list[dict[str, Any]]]:
-    """Per position, the chosen token and then the likeliest ones."""
+def _logprobs(
+    positions: "Sequence[Mapping[int, Logprob] | None]",
+) -> list[list[dict[str, Any]]]:
+    """Per position, the token that is there and then the likeliest ones."""
     return [
         [
             {"token": entry.decoded_token, "id": token, "logprob": round(entry.logprob, 4)}
-            for token, entry in position.items()
+            for token, entry in (position or {}).items()
         ]
-        for position in choice.logprobs or ()
+        for position in positions
     ]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import processors
 
 from jaxserve.checkpoint import Checkpoint
 from jaxserve.errors import CheckpointError
@@ -75,11 +74,11 @@ def _from_folder(folder: Path) -> Tokenizer:
     else:
         backend = _converted(folder)
     roles = _roles(config, _read_json(folder / "special_tokens_map.json"))
+    # add_bos_token and add_eos_token are not read: as for transformers, tokenizer.json decides.
     _add_tokens(backend, config)
     backend.add_special_tokens(
         [token for token in dict.fromkeys(roles.values()) if backend.token_to_id(token) is None]
     )
-    _set_begin_and_end(backend, config, roles)
     templates = _templates(folder, config)
     return Tokenizer(
         backend,
@@ -102,21 +101,6 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
             token = tokenizers.AddedToken(entry["content"], normalized=normalized, **flags)
             add = backend.add_special_tokens if flags["special"] else backend.add_tokens
             add([token])
-
-
-def _set_begin_and_end(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], roles: Mapping[str, str]
-) -> None:
-    """`add_bos_token` and `add_eos_token` of the config overrule what tokenizer.json says."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    first = roles.get("bos_token") if config.get("add_bos_token") else None
-    last = roles.get("eos_token") if config.get("add_eos_token") else None
-    pieces = {t: backend.token_to_id(t) for t in (first, last) if t is not None}
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*([first] if first else []), "$A", *([last] if last else [])],
-        special_tokens=list(pieces.items()),
-    )
 
 
 def _converted(folder: Path) -> tokenizers.Tokenizer:

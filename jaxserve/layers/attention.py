@@ -36,7 +36,7 @@ class Attention(nnx.Module):
         kv_pages: Array,
         pages: PageMetadata,
         cos_sin: tuple[Array, Array],
-        layer: jax.typing.ArrayLike,
+        layer: int | Array,
     ) -> tuple[Array, Array]:
         heads, kv_heads, head_dim = (
             self.spec.num_heads,

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import jax
 from jax import Array
 
 from pallas_kernels.attention import paged_attention
@@ -26,7 +25,7 @@ class Kernels:
         v: Array,
         kv_pages: Array,
         pages: PageMetadata,
-        layer: jax.typing.ArrayLike,
+        layer: int | Array,
         spec: AttentionSpec,
     ) -> tuple[Array, Array]:
         """Writes k, v [T, K, H] into the cache, then attends with q [T, N, H].

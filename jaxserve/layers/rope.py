@@ -36,7 +36,9 @@ class RopeSpec:
             return base
         if self.kind == "linear":
             return base / np.float32(self.factor)
-        return (self._llama3(base) if self.kind == "llama3" else self._yarn(base)).astype(np.float32)
+        return (self._llama3(base) if self.kind == "llama3" else self._yarn(base)).astype(
+            np.float32
+        )
 
     def amplitude(self) -> float:
         """What cosines and sines are multiplied by (1 but for yarn)."""

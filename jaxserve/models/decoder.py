@@ -45,7 +45,7 @@ class DecoderLayer(nnx.Module):
         kv_pages: Array,
         pages: PageMetadata,
         cos_sin: tuple[Array, Array],
-        layer: jax.typing.ArrayLike,
+        layer: int | Array,
     ) -> tuple[Array, Array]:
         attended, kv_pages = self.attention(self.input_norm(x), kv_pages, pages, cos_sin, layer)
         x = x + attended
@@ -94,10 +94,12 @@ class Decoder(nnx.Module):
         x = self.embedding(batch.token_ids)  # [T, D]
         cos_sin = angles(self.spec.rope, batch.positions)
         (pages,), (kv,) = batch.pages, kv_pages
-        if self.scan_layers:
+        if isinstance(self.layers, DecoderLayer):  # stacked
             graph, state = nnx.split(self.layers)
 
-            def body(carry: tuple[Array, Array], scanned: tuple) -> tuple[tuple[Array, Array], None]:
+            def body(
+                carry: tuple[Array, Array], scanned: tuple
+            ) -> tuple[tuple[Array, Array], None]:
                 layer_state, layer = scanned
                 return nnx.merge(graph, layer_state)(*carry, pages, cos_sin, layer), None
 

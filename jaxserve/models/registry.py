@@ -1,13 +1,14 @@
 """Which family serves which architecture."""
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from jaxserve.errors import CheckpointError, UnsupportedError
 from jaxserve.models import llama
 from jaxserve.models.spec import DecoderSpec
 
-FAMILIES = {name: llama for name in llama.ARCHITECTURES}
+FAMILIES: dict[str, ModuleType] = dict.fromkeys(llama.ARCHITECTURES, llama)
 
 
 def architecture(config: Mapping[str, Any]) -> str:

@@ -165,9 +165,7 @@ def unpack(
     token_ids = jnp.where(f["token_ids"] == ON_DEVICE, newest, f["token_ids"])
     tables, pages = [], []
     for group, (table, count) in enumerate(zip(state.page_tables, num_pages, strict=True)):
-        where, columns, new = (
-            f[f"update_{part}_{group}"] for part in ("rows", "columns", "pages")
-        )
+        where, columns, new = (f[f"update_{part}_{group}"] for part in ("rows", "columns", "pages"))
         table = table.at[where, columns].set(new)
         own = table[rows]  # [B, P]
         slots = own[row, positions // page_size] * page_size + positions % page_size

@@ -8,10 +8,10 @@ import hashlib
 import os
 import platform
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 
 UNSEALED_LIFETIME_S = 600.0  # an entry without a digest may be another process's, just written
 
@@ -32,7 +32,7 @@ def enable(folder: str | None) -> Path | None:
     if folder is None and jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
     root = Path(folder) if folder else default_folder() / "xla"
-    path = root / f"{jax.__version__}-{jaxlib.__version__}-{_cpu_key()}"
+    path = root / f"{jax.__version__}-{version('jaxlib')}-{_cpu_key()}"
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.chmod(0o700)

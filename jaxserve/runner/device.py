@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import psutil
@@ -22,7 +23,7 @@ def prepare_backend(memory_utilization: float) -> None:
 class DeviceInfo:
     """A device, and how large steps on it are by default."""
 
-    device: jax.Device
+    device: Any  # jax.Device, which type checkers do not know
     platform: str  # "cpu", "gpu" or "tpu"
     kind: str
     page_size: int
@@ -53,7 +54,8 @@ def detect() -> DeviceInfo:
             f"no device could be opened ({error}). Is another process using it? "
             "Set JAX_PLATFORMS=cpu to run on the CPU"
         ) from error
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    name = str(device.platform)
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
     if platform == "cpu":
         # Unrolled: a scan copies each layer's weights out of the stack at every step.
         return DeviceInfo(device, platform, device.device_kind, 16, 64, 512, False)

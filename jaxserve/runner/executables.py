@@ -24,7 +24,7 @@ class CompileCounter:
     def __post_init__(self) -> None:
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
-    def _hear(self, event: str, duration: float, **_: object) -> None:
+    def _hear(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILE_EVENT and threading.get_ident() in self._threads:
             self.count += 1
 

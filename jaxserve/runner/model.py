@@ -6,6 +6,7 @@ leaves, so executables take the list.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from flax import nnx
@@ -23,7 +24,7 @@ class SplitModel:
     """A decoder without its weights."""
 
     graph: nnx.GraphDef
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any  # PyTreeDef
     names: tuple[str, ...]  # dotted path of each weight, in the order of the list
     shapes: tuple[jax.ShapeDtypeStruct, ...]
 

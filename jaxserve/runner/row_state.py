@@ -90,7 +90,9 @@ def flags_of(request: Request) -> int:
     return flags
 
 
-def pack_tokens(shapes: RowShapes, row: int, blocks: tuple, token_ids: tuple[int, ...]) -> np.ndarray:
+def pack_tokens(
+    shapes: RowShapes, row: int, blocks: tuple, token_ids: tuple[int, ...]
+) -> np.ndarray:
     """The upload of `load_tokens`: row, then each group's page table, then the history."""
     blob = np.zeros(1 + shapes.num_groups * shapes.max_pages + shapes.max_model_len, np.int32)
     blob[0] = row
@@ -158,9 +160,7 @@ def load_sampling(shapes: RowShapes, state: RowState, blob: Array) -> RowState:
         bias_values=state.bias_values.at[row].set(as_type(take(MAX_LOGIT_BIAS), jnp.float32)),
         allowed=state.allowed.at[row].set(as_type(take(shapes.mask_words), jnp.uint32)),
         stops=state.stops.at[row].set(as_type(take(shapes.mask_words), jnp.uint32)),
-        bad_words=state.bad_words.at[row].set(
-            rest.reshape(MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS)
-        ),
+        bad_words=state.bad_words.at[row].set(rest.reshape(MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS)),
     )
 
 
@@ -168,5 +168,3 @@ def _bits(shapes: RowShapes, token_ids: Iterable[int]) -> np.ndarray:
     words = np.zeros(shapes.mask_words * 32, np.uint8)
     words[list(token_ids)] = 1
     return np.packbits(words, bitorder="little").view(np.int32)
-
-

@@ -29,7 +29,7 @@ from jaxserve.runner.row_state import (
     pack_sampling,
     pack_tokens,
 )
-from jaxserve.runner.settings import Settings, resolve
+from jaxserve.runner.settings import resolve
 from jaxserve.runner.step import DeviceState, make_prompt_logprobs, make_step
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.step import NewRow, StepPlan, StepResult
@@ -133,9 +133,7 @@ class Runner:
     def _allocate(self) -> DeviceState:
         shapes = self._abstract_state()
         with jax.default_device(self.device.device):
-            return jax.jit(
-                lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            )()
+            return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))()
 
     def _compile(self) -> None:
         s, state = self.settings, self._abstract_state()
@@ -151,7 +149,11 @@ class Runner:
             return Job(name, load, (state, ints(size)), donate=(0,))
 
         zero = Request(
-            request_id="", prompt_token_ids=(), sampling=SamplingParams(), max_tokens=1, eos_token_id=None
+            request_id="",
+            prompt_token_ids=(),
+            sampling=SamplingParams(),
+            max_tokens=1,
+            eos_token_id=None,
         )
         jobs = [
             loader("load_tokens", load_tokens, pack_tokens(self._shapes, 0, ((),), ()).size),
@@ -202,9 +204,8 @@ class Runner:
         if any(row.wants_prompt_logprobs for row in plan.rows):
             targets, spans = self._prompt_targets(plan, bucket)
             score = self._executables[f"prompt_logprobs_{bucket}"]
-            scores = PromptScores(
-                *score(self._weights, hidden, jax.device_put(targets, there)), spans
-            )
+            ids, values, ranks = score(self._weights, hidden, jax.device_put(targets, there))
+            scores = PromptScores(ids, values, ranks, spans)
         num_logprobs = layout.views(blob)["num_logprobs"]
         return Launched(plan, sampled, num_logprobs, scores, launched_s)
 

@@ -56,9 +56,7 @@ class Sampled:
     ranks: Array  # [B] int32, of the token
 
 
-def sample(
-    logits: Array, rows: SamplingRows, state: RowState, *, max_logprobs: int
-) -> Sampled:
+def sample(logits: Array, rows: SamplingRows, state: RowState, *, max_logprobs: int) -> Sampled:
     """Draws a token for each row of `logits` [B, V] float32."""
     special = (rows.flags != 0) | (rows.temperature >= GREEDY_BELOW)
     token_ids = jax.lax.cond(
@@ -83,7 +81,7 @@ def sample(
 def logprobs_of(
     logits: Array, token_ids: Array, *, max_logprobs: int
 ) -> tuple[Array, Array, Array]:
-    """Ids and log-probabilities [B, 1 + K] of the given tokens and the top K, and the tokens' ranks.
+    """Ids and log-probabilities [B, 1 + K] of given tokens and the top K, and the former's ranks.
 
     They are those of the raw logits; a rank is the number of logits at least as large.
     """
@@ -97,7 +95,11 @@ def logprobs_of(
 
 def _no_logprobs(num_rows: int, max_logprobs: int) -> tuple[Array, Array, Array]:
     shape = (num_rows, 1 + max_logprobs)
-    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(num_rows, jnp.int32)
+    return (
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(num_rows, jnp.int32),
+    )
 
 
 def _process(logits: Array, rows: SamplingRows, state: RowState) -> Array:

@@ -66,9 +66,7 @@ def make_prompt_logprobs(
     chunk = min(PROMPT_CHUNK, num_tokens)
     padded = -(-num_tokens // chunk) * chunk
 
-    def score(
-        weights: list[Array], hidden: Array, targets: Array
-    ) -> tuple[Array, Array, Array]:
+    def score(weights: list[Array], hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
         model = split.merge(weights)
 
         def one(inputs: tuple[Array, Array]) -> tuple[Array, Array, Array]:

@@ -76,7 +76,9 @@ def test_a_bad_model_is_one_line_and_code_1(
     make, expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make(tmp_path)
-    flags = ["--load-format", "dummy", "--tokenizer", "demo"] if make is unknown_architecture else []
+    flags = (
+        ["--load-format", "dummy", "--tokenizer", "demo"] if make is unknown_architecture else []
+    )
     assert main(["generate", model, "Hello", *flags]) == 1
     out, err = capsys.readouterr()
     assert out == ""

@@ -1,6 +1,7 @@
 """Help and wrong usage: instant, and one line that says what to do."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -71,6 +72,7 @@ def test_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "demo", "x", "--max-tokens", "0"], ["max_tokens=0", "at least 1"]),
         (["generate", "demo", "x", "--max-tokens", "ten"], ["--max-tokens", "'ten'"]),
         (["generate", "demo", ""], ["a prompt is empty"]),
+        (["generate", "--prompt-file", os.devnull], ["no prompt was given", "write one"]),
         (["generate", "demo", "x", "--system", "y"], ["--system needs --chat"]),
         (
             ["generate", "--prompt-file", "/nowhere/x"],

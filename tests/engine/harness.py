@@ -135,9 +135,7 @@ def answer(engine: Engine, requests: list[Request]) -> tuple[Answers, list[StepS
     return collect(engine, [(r.request_id, i) for r in requests for i in range(r.sampling.n)])
 
 
-def collect(
-    engine: Engine, choices: Iterable[tuple[str, int]]
-) -> tuple[Answers, list[StepStats]]:
+def collect(engine: Engine, choices: Iterable[tuple[str, int]]) -> tuple[Answers, list[StepStats]]:
     """Reads the outbox until all these choices have ended."""
     answers: Answers = defaultdict(Answer)
     stats, left = [], set(choices)

@@ -164,7 +164,9 @@ def test_no_bucket_and_no_sampling_parameter_compiles_in_live_traffic(model: Pat
         assert engine.num_late_compiles == 0
 
 
-def test_an_idle_engine_waits_without_spinning(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_engine_waits_without_spinning(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running(model) as engine:
         answer(engine, [request("r", [1, 2, 3])])
         calls = []
@@ -218,14 +220,14 @@ def test_a_config_that_cannot_work_says_what_to_change(
     model: Path, changes: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says):
-        Engine(
-            EngineConfig(model=str(model), **{**SMALL, **changes}), open_checkpoint(str(model))
-        )
+        Engine(EngineConfig(model=str(model), **{**SMALL, **changes}), open_checkpoint(str(model)))
 
 
 def test_missing_weights_are_all_named(tmp_path: Path) -> None:
     folder = write_tiny_llama(tmp_path / "m")
     config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    (folder / "config.json").write_text(
+        config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
     with pytest.raises(CheckpointError, match=r"model\.layers\.2"):
         Engine(EngineConfig(model=str(folder), **SMALL), open_checkpoint(str(folder)))

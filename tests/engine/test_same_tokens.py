@@ -140,11 +140,14 @@ def test_prompt_logprobs_are_the_same_chunked_and_cached(model: Path) -> None:
         others = [request(f"o{i}", p) for i, p in enumerate(PROMPTS[:5])]
         chunked, _ = answer(engine, [*others, request("w", prompt, prompt_logprobs=3)])
     a, b = whole["w", 0].prompt_logprobs, chunked["w", 0].prompt_logprobs
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     assert len(a) == len(b) == len(prompt)
-    assert a[0] is None and b[0] is None
+    assert a[0] is None
+    assert b[0] is None
     for token, x, y in zip(prompt[1:], a[1:], b[1:], strict=True):
-        assert x is not None and y is not None
+        assert x is not None
+        assert y is not None
         assert x.token_ids[0] == y.token_ids[0] == token
         assert len(x.token_ids) == 4
         np.testing.assert_allclose(x.logprobs, y.logprobs, atol=2e-4)

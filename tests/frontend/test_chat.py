@@ -120,7 +120,9 @@ def test_a_continued_message_ends_where_that_of_transformers_ends(
 
 
 def test_text_parts_are_joined_or_kept_as_the_template_wants_them(reference: Any) -> None:
-    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    ]
     assert render_chat("{{ messages[0].content }}", chat) == "a\nb"
     assert render_chat(PARTS, chat) == "[a][b];"
     assert render_chat(PARTS, chat) == reference.apply_chat_template(

@@ -125,9 +125,7 @@ def test_stop_strings_are_found_as_by_brute_force(
     per_step: int,
 ) -> None:
     output = [i for piece in pieces for i in tokenizer.encode(piece)]
-    texts = [
-        tokenizer.decode(output[: n + 1]).rstrip(REPLACEMENT) for n in range(len(output))
-    ]
+    texts = [tokenizer.decode(output[: n + 1]).rstrip(REPLACEMENT) for n in range(len(output))]
     params = SamplingParams(
         stop=stop,
         min_tokens=min_tokens,

@@ -14,12 +14,13 @@ from jaxserve.errors import CheckpointError, RequestError
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.tokenizer_files import load_tokenizer
 
+EOS = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
 TEXTS = ["Hello, world!", " a  b\n\tc", "你好 🙂 né", "<|im_start|>user\nx<|im_end|>", ""]
 
 
 def write_folder(folder: Path, tokenizer: Tokenizer, **config: Any) -> Checkpoint:
     tokenizer.backend.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}} | config
+    config = {"bos_token": "<|im_start|>", "eos_token": EOS} | config
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return Checkpoint(name="m", config={}, tokenizer=TokenizerSource(folder=folder))
 

@@ -55,7 +55,9 @@ def logits_of(folder: Path, tokens: np.ndarray, *, scan: bool, chunks: list[int]
             num_pages=NUM_PAGES,
         )
         batch = ModelBatch(
-            token_ids=jnp.asarray(tokens[positions]), positions=jnp.asarray(positions), pages=(pages,)
+            token_ids=jnp.asarray(tokens[positions]),
+            positions=jnp.asarray(positions),
+            pages=(pages,),
         )
         logits, kv = run(weights, kv, batch)
         rows.append(np.asarray(logits))

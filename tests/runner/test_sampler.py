@@ -1,4 +1,4 @@
-"""The sampler against a plain numpy statement of the same rules, and its promises of determinism."""
+"""The sampler against a plain numpy statement of its rules, and its promise of determinism."""
 
 import dataclasses
 from typing import Any
@@ -100,7 +100,9 @@ def processed(logits: np.ndarray, row: Row) -> np.ndarray:
         masked[[EOS, *(p.stop_token_ids or ())]] = -np.inf
         x = masked if np.isfinite(masked).any() else x
     for token in set(row.prompt + row.output):
-        x[token] = x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
+        x[token] = (
+            x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
+        )
     for token in set(row.output):
         x[token] -= p.frequency_penalty * row.output.count(token) + p.presence_penalty
     for *before, last in row.bad_words:
@@ -152,8 +154,13 @@ params = st.builds(
     st.integers(0, 1000),
     st.lists(
         st.builds(
-            Row, params, prompt=tokens, output=tokens | st.just(()), bad_words=st.lists(
-                st.lists(token, min_size=1, max_size=3).map(tuple), max_size=4).map(tuple)
+            Row,
+            params,
+            prompt=tokens,
+            output=tokens | st.just(()),
+            bad_words=st.lists(st.lists(token, min_size=1, max_size=3).map(tuple), max_size=4).map(
+                tuple
+            ),
         ),
         min_size=3,
         max_size=3,
@@ -196,7 +203,9 @@ def test_draws_have_the_softmax_distribution() -> None:
     got = np.concatenate(
         [
             np.asarray(
-                run(np.repeat(logits, 4, axis=0), [Row(p, seed=4 * d + i) for i in range(4)]).token_ids
+                run(
+                    np.repeat(logits, 4, axis=0), [Row(p, seed=4 * d + i) for i in range(4)]
+                ).token_ids
             )
             for d in range(draws // 4)
         ]
