@@ -96,8 +96,6 @@ class Processor:
             cache_salt=parsed.cache_salt,
             priority=priority,
             arrival_s=time.monotonic(),
-            # Whether a sequence of bad words is about to be completed is decided on the host.
-            needs_host_tokens=any(len(word) > 1 for word in bad_words),
         )
 
     def parse(

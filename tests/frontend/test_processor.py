@@ -154,18 +154,15 @@ def test_end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
 def test_bad_words_are_tokenized_at_the_start_and_after_a_space(
     processor: Processor, tokenizer: Tokenizer
 ) -> None:
-    def banned(*words: str) -> tuple[list[str], bool]:
+    def banned(*words: str) -> list[str]:
         request = processor.process("r", [1], SamplingParams(bad_words=list(words)))
-        return (
-            [tokenizer.decode(list(w)) for w in request.bad_words_token_ids],
-            request.needs_host_tokens,
-        )
+        return [tokenizer.decode(list(w)) for w in request.bad_words_token_ids]
 
-    assert banned("Paris") == (["Paris", " Paris"], False) or banned("Paris")[0][-1] == " Paris"
-    assert banned(" the") == (["the", " the"], False)
-    assert banned() == ([], False)
-    assert banned("New York City")[1] is True
-    assert banned("the", "the")[0] == ["the", " the"]
+    assert banned("Paris")[-1] == " Paris"
+    assert banned(" the") == ["the", " the"]
+    assert banned() == []
+    assert banned("New York City")
+    assert banned("the", "the") == ["the", " the"]
 
 
 def test_unseeded_requests_repeat_with_the_engines_seed(
