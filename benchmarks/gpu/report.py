@@ -39,7 +39,7 @@ def report(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         host = f"{d['host_ms']:.2f}"
         them = f"{other:.2f}" if other else None
         rows.append([r, int(d["context"]), *times, share, host, them, ratio(cells[0], other)])
-    columns = ["rows", "context", "ms/step", "roofline ms", "% of roofline", "host ms", "transformers",
+    columns = ["rows", "context", "ms/step", "roofline ms", "% of it", "host ms", "transformers",
                "jaxserve is"]  # fmt: skip
     print_table("Decode", columns, rows)
     lines: list[list[object]] = []
