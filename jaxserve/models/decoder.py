@@ -1,5 +1,7 @@
 """The one decoder: pre-norm transformer blocks over paged KV."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -94,20 +96,19 @@ class Decoder(nnx.Module):
         x = self.embedding(batch.token_ids)  # [T, D]
         cos_sin = angles(self.spec.rope, batch.positions)
         (pages,), (kv,) = batch.pages, kv_pages
+        numbers = jnp.arange(self.spec.num_layers, dtype=jnp.int32)
         if isinstance(self.layers, DecoderLayer):  # stacked
-            graph, state = nnx.split(self.layers)
+            graph, states = nnx.split(self.layers)
 
-            def body(
-                carry: tuple[Array, Array], scanned: tuple
-            ) -> tuple[tuple[Array, Array], None]:
-                layer_state, layer = scanned
-                return nnx.merge(graph, layer_state)(*carry, pages, cos_sin, layer), None
+            def body(carry: tuple[Array, Array], scanned: tuple) -> tuple[tuple[Array, Array], None]:
+                state, number = scanned
+                return _run_layer(graph, state, carry, pages, cos_sin, number), None
 
-            numbers = jnp.arange(self.spec.num_layers, dtype=jnp.int32)
-            (x, kv), _ = jax.lax.scan(body, (x, kv), (state, numbers))
+            (x, kv), _ = jax.lax.scan(body, (x, kv), (states, numbers))
         else:
-            for number, layer in enumerate(self.layers):
-                x, kv = layer(x, kv, pages, cos_sin, number)
+            for number, layer in zip(numbers, self.layers, strict=True):
+                graph, state = nnx.split(layer)
+                x, kv = _run_layer(graph, state, (x, kv), pages, cos_sin, number)
         return self.norm(x), (kv,)
 
     def logits(self, hidden: Array) -> Array:
@@ -115,3 +116,17 @@ class Decoder(nnx.Module):
         if self.head is None:
             return self.embedding.attend(hidden)
         return jnp.matmul(hidden, self.head.weight[...], preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    carry: tuple[Array, Array],
+    pages: PageMetadata,
+    cos_sin: tuple[Array, Array],
+    number: Array,
+) -> tuple[Array, Array]:
+    """One layer. A function of its own, so that all layers are traced and lowered once."""
+    x, kv_pages = carry
+    return nnx.merge(graph, state)(x, kv_pages, pages, cos_sin, number)

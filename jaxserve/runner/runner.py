@@ -218,7 +218,9 @@ class Runner:
         return StepResult(rows=rows, finished_s=finished_s, device_s=device_s)
 
     def close(self) -> None:
-        """Frees the device's memory."""
+        """Waits for the last step, then frees the device's memory."""
+        # An array that XLA's threads still write must not go, least of all at interpreter exit.
+        jax.block_until_ready([x for x in jax.tree.leaves(self._state) if not x.is_deleted()])
         self.compiles.close()
         for array in jax.tree.leaves((self._weights, self._state)):
             if not array.is_deleted():
