@@ -5,12 +5,11 @@
 
 Targets need the packages of the extra `compile`. Their figures are read from the compiler's
 output and measure nothing: bytes accessed is its own count of what the step reads and writes
-(XLA:GPU gives none), sliced weights are what a scan copies out of the stack a step, before it
-multiplies, and temporaries are what the step allocates beside its arguments.
+(XLA:GPU gives none), copied weights are the matrices that the step writes anew before it multiplies
+(h100 only), and temporaries are what the step allocates beside its arguments.
 """
 
 import argparse
-import math
 import os
 import re
 import statistics
@@ -42,6 +41,7 @@ from benchmarks.common import print_table, write_json  # noqa: E402
 from jaxserve.layers.kernels import Kernels, kv_pages_shape  # noqa: E402
 from jaxserve.models.llama import spec_from_config  # noqa: E402
 from jaxserve.runner.batch import Layout  # noqa: E402
+from jaxserve.runner.executables import COMPILER_OPTIONS  # noqa: E402
 from jaxserve.runner.model import split_model  # noqa: E402
 from jaxserve.runner.row_state import RowShapes  # noqa: E402
 from jaxserve.runner.step import DeviceState, make_step  # noqa: E402
@@ -132,7 +132,8 @@ def measure(model: str, target: str, num_tokens: int, *, scan: bool) -> dict[str
     start = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=1).lower(*placed)
     lowered_s = time.perf_counter() - start
-    compiled: Any = lowered.compile()
+    options = COMPILER_OPTIONS.get({"h100": "gpu"}.get(target, target))
+    compiled: Any = lowered.compile(compiler_options=options)
     row = {
         "model": model,
         "target": target,
@@ -141,10 +142,14 @@ def measure(model: str, target: str, num_tokens: int, *, scan: bool) -> dict[str
         "trace_s": lowered_s,
         "compile_s": time.perf_counter() - start - lowered_s,
         "accessed_mb": _accessed_mb(compiled),
-        "sliced_weights_mb": _sliced_weights_mb(compiled, MODELS[model]["num_hidden_layers"]),
+        "copied_weights_mb": None,
         "temporaries_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
         "run_ms": None,
     }
+    if target == "h100":
+        row["copied_weights_mb"] = _copied_weights_mb(
+            compiled, trips=MODELS[model]["num_hidden_layers"] if scan else 1
+        )
     if target == "cpu":
         row["run_ms"] = run_ms(compiled, arguments, num_tokens)
     return row
@@ -156,16 +161,17 @@ def _accessed_mb(compiled: Any) -> float | None:
     return cost["bytes accessed"] / 1e6 if cost and "bytes accessed" in cost else None
 
 
-def _sliced_weights_mb(compiled: Any, num_layers: int) -> float:
-    """Weight-sized results of slicing fusions in the layers' loop, times its trips."""
+def _copied_weights_mb(compiled: Any, *, trips: int) -> float:
+    """Weight-sized matrices that slices, copies and concatenations write, a step."""
     total = 0
     for line in compiled.as_text().splitlines():
-        found = re.match(r"\s+(?:ROOT )?%\S*slice\S* = (f32|bf16)\[([\d,]+)\]\S* fusion\(", line)
+        found = re.match(
+            r"\s*%\S+ = bf16\[(?:1,)?(\d+),(\d+)\]\S* (?:fusion-done|fusion|copy)\(", line
+        )
         if found and "kind=kCustom" not in line:
-            size = math.prod(int(n) for n in found[2].split(","))
-            if size > 100_000:
-                total += size * (4 if found[1] == "f32" else 2)
-    return total * num_layers / 1e6
+            size = int(found[1]) * int(found[2])
+            total += size * 2 if size > 1_000_000 else 0
+    return total * trips / 1e6
 
 
 def run_ms(compiled: Any, arguments: tuple, num_tokens: int) -> float:

@@ -5,22 +5,31 @@ counts follow the data: one over the chunks of all decode rows, one over tiles o
 queries. The cache is only ever gathered from, about a megabyte a step: more is slower on a CPU.
 
 Measured on a busy 2-core AVX512 machine with benchmarks.attention_xla's model (9 heads, 3 kv heads,
-head_dim 64, float32, pages of 16), in ms of process time a layer, least of 5 to 9 repeats; runs
-differ by 10%. How either loop gains from the second core could not be seen there.
-64 decode rows of 100-380 tokens, where dense attention on contiguous KV took 5.5:
+head_dim 64, float32, pages of 16), in ms of process time a layer, variants in turns; runs differ by
+10%, and wall time was no less. 64 decode rows of 100-380 tokens, where dense attention on
+contiguous KV took 5.0:
 
-    lanes x chunk     8 x 64: 7.7   16 x 32: 7.3   4 x 64: 8.7   8 x 32: 9.0   8 x 128: 10.1
-    no lanes          8 rows at once: 8.7   all rows at once: 13.6
-    what is gathered  flat rows of a token: 7.7   whole pages: 9.0
-    compute           dot: 7.9   multiply and sum: 9.9   dot, gather transposed: 9.6
-    keeping partials  scatter: 7.7   slice by slice: 7.7   one array: 7.6
+    lanes x chunk     8 x 64: 6.3   16 x 32: 6.4   16 x 64: 6.3   8 x 32: 7.0   4 x 128: 6.7
+                      8 x 128: 6.5   64 x 64: 8.2
+    what is gathered  rows of a pair, heads first: 6.4   of a token, then copies: 7.5
+    values            masked with their keys: 6.4   parted from them and masked: 7.2
 
-Prefill, queries a tile x chunk, for mixed 512 / 32 rows of 32 over a shared prefix / one of 512:
+The same in a loop without softmax or masks, over 256 tokens a row in 8 lanes x 64:
+
+    gather alone: 3.2    pairs: 6.6    tokens, then copies: 7.5    rows of a head: 9.7
+    tokens as one row each, queries block-diagonal: 8.4    as 2K rows each, other heads masked: 14.4
+    tokens, multiply and sum: 7.7    pages that keep heads first: 7.0    keys, then values: 7.4
+    pages that keep keys transposed, dot: 8.4    multiply and sum: 9.4
+
+Half of that is the gather. C that only reads those pages takes 2.1, and 2.7 to copy them: on one
+core float32 keys and values cannot be had for less.
+
+Prefill, before pairs were gathered, least of 5 to 9; queries a tile x chunk, for mixed 512 / 32
+rows of 32 over a shared prefix / one of 512. Pairs took 2 to 5% off the first two; dots over whole
+pairs, as decode's, made the second 46.
 
     32 x 64: 7.9 / 35 / 9.3     32 x 128: 8.7 / 37 / 9.9    32 x 512: 14.5 / 50 / 14.2
     16 x 64: 9.1 / 42 / 11.2    64 x 64: 7.8 / 57 / 8.1     64 x 128: 8.4 / 58 / 8.5
-
-Two thirds of a decode layer are the gather and the two copies that bring heads before tokens.
 """
 
 import functools
@@ -30,13 +39,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.kv_write import split_kv
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 _CHUNK = 64  # kv tokens of a row that one step reads
 _DECODE_BYTES = 1 << 20  # of keys and values all lanes read in a step
 _QUERY_TILE = 32  # queries of one row that share a pass over its context
 _NEVER = float(jnp.finfo(jnp.float32).min)  # the logit of what is not seen; finite: no NaN of it
+_LEAST = _NEVER / 2  # where the largest logit starts: so far above _NEVER that exp gives zero
 
 
 class _Softmax(NamedTuple):
@@ -83,6 +92,9 @@ def _attend_decode(
     lanes in step (Stream-K, arXiv 2301.03598). So the work is that of the chunks there are, however
     unequal the rows, and a single long row is shared by all lanes. Lane j keeps row i's state in
     partial i + j: both rise along the list, so no two lanes write to the same.
+
+    The dots run over whole (key, value) pairs, the query beside zeros and half of what comes out
+    unused: with few queries, twice the arithmetic costs less than a copy that parts the pairs.
     """
     num_rows = min(q.shape[0], pages.kv_lens.shape[0])
     row_ids = jnp.arange(num_rows, dtype=jnp.int32)
@@ -99,6 +111,7 @@ def _attend_decode(
     ends = jnp.cumsum(num_chunks)  # [B] of the rows' chunks in the list
     starts = ends - num_chunks
     part = (ends[-1] + num_lanes - 1) // num_lanes  # chunks a lane
+    padded = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1])))  # [T, K, G, 2H]
 
     def step(index: Array, partials: _Softmax) -> _Softmax:
         item = lanes * part + index  # [M]
@@ -106,15 +119,15 @@ def _attend_decode(
         in_use = row < num_rows
         row = jnp.minimum(row, num_rows - 1)
         at = jnp.where(in_use, first_chunk[row] + item - starts[row], 0)
-        k, v = _gather(kv_pages, first_page + _take(table, (row, at)), spec)  # [M, S, K, H]
+        pairs = _gather(kv_pages, first_page + _take(table, (row, at)), spec)  # [M, K, S, 2H]
         position = at[:, None] * chunk + jnp.arange(chunk, dtype=jnp.int32)  # [M, S]
         seen = in_use[:, None] & (position < kv_lens[row][:, None])
         if spec.window is not None:
             seen &= position >= first_seen[row][:, None]
-        v = jnp.where(seen[:, :, None, None], v, 0)
-        logits = _dot("mkgh,mskh->mkgs", _take(q, row), k)
+        pairs = jnp.where(seen[:, None, :, None], pairs, 0)
+        logits = _dot("mkgh,mksh->mkgs", _take(padded, row), pairs)
         state = jax.tree.map(lambda each: _take(each, row + lanes), partials)
-        state = _advance(state, logits, seen[:, None, None], v, "mkgs,mskh->mkgh", spec)
+        state = _advance(state, logits, seen[:, None, None], pairs, "mkgs,mksh->mkgh", spec)
         return jax.tree.map(
             lambda each, new: each.at[row + lanes].set(
                 new,
@@ -180,14 +193,14 @@ def _attend_prefill(
 
         def step(index: Array, state: _Softmax) -> _Softmax:
             ids = _take(table, (row, index))
-            k, v = _gather(kv_pages, first_page + ids, spec)  # [S, K, H]
+            k, v = jnp.split(_gather(kv_pages, first_page + ids, spec), 2, axis=-1)  # [K, S, H]
             kv_position = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
-            v = jnp.where((kv_position < end)[:, None, None], v, 0)
+            v = jnp.where((kv_position < end)[:, None], v, 0)
             seen = valid[:, None] & (kv_position <= positions[:, None])  # [Q, S]
             if spec.window is not None:
                 seen &= kv_position > positions[:, None] - spec.window
-            logits = _dot("kgqh,skh->kgqs", queries, k)
-            return _advance(state, logits, seen, v, "kgqs,skh->kgqh", spec)
+            logits = _dot("kgqh,ksh->kgqs", queries, k)
+            return _advance(state, logits, seen, v, "kgqs,ksh->kgqh", spec)
 
         start = _first_seen(position, spec) // chunk
         stop = (end + chunk - 1) // chunk
@@ -222,22 +235,23 @@ def _first_seen(position: Array, spec: AttentionSpec) -> Array:
     return jnp.maximum(position - (spec.window - 1), 0)
 
 
-def _gather(kv_pages: Array, ids: Array, spec: AttentionSpec) -> tuple[Array, Array]:
-    """Keys and values [..., S, K, H] of pages `ids [..., P]` in order."""
-    size = spec.kv.page_size
+def _gather(kv_pages: Array, ids: Array, spec: AttentionSpec) -> Array:
+    """The tokens of pages `ids [..., P]` in order, each key beside its value: [..., K, S, 2H]."""
+    size, num_kv_heads = spec.kv.page_size, spec.kv.num_kv_heads
     slots = ids[..., None] * size + jnp.arange(size, dtype=jnp.int32)  # [..., P, page_size]
     slots = slots.reshape(*ids.shape[:-1], -1)  # [..., S]
-    heads = kv_pages.shape[2:]
 
     def flat(kv_pages: Array) -> Array:
-        return _take(kv_pages.reshape(-1, heads[0] * heads[1]), slots)
+        heads = jnp.arange(num_kv_heads, dtype=jnp.int32)[:, None]
+        rows = slots[..., None, :] * num_kv_heads + heads  # [..., K, S]
+        return _take(kv_pages.reshape(-1, 2 * spec.kv.head_dim), rows)
 
     def whole(kv_pages: Array) -> Array:
-        return _take(kv_pages.reshape(-1, *heads), slots).reshape(*slots.shape, -1)
+        tokens = _take(kv_pages.reshape(-1, *kv_pages.shape[2:]), slots)  # [..., S, 2K, H]
+        return jnp.moveaxis(tokens.reshape(*slots.shape, num_kv_heads, -1), -2, -3)
 
-    # Flat rows are the quicker to index, but on TPU that view would be a copy of the cache.
-    pairs = lax.platform_dependent(kv_pages, tpu=whole, default=flat)  # [..., S, 2K * H]
-    return split_kv(pairs.reshape(*slots.shape, *heads))
+    # Rows of one pair come heads first at no cost, but on TPU that view would copy the cache.
+    return lax.platform_dependent(kv_pages, tpu=whole, default=flat)
 
 
 def _take(array: Array, indices: Array | tuple[Array, ...]) -> Array:
@@ -254,7 +268,7 @@ def _dot(subscripts: str, a: Array, b: Array) -> Array:
 def _start(shape: tuple[int, ...]) -> _Softmax:
     row = (*shape[:-1], 1)
     return _Softmax(
-        top=jnp.full(row, _NEVER, jnp.float32),
+        top=jnp.full(row, _LEAST, jnp.float32),
         total=jnp.zeros(row, jnp.float32),
         out=jnp.zeros(shape, jnp.float32),
     )
@@ -263,18 +277,22 @@ def _start(shape: tuple[int, ...]) -> _Softmax:
 def _advance(
     state: _Softmax, logits: Array, seen: Array, v: Array, subscripts: str, spec: AttentionSpec
 ) -> _Softmax:
-    """The state after a chunk of raw logits [..., S] and values, where `seen`."""
+    """The state after a chunk of raw logits [..., S] and values, where `seen`.
+
+    Of the rows of `v` only the last head_dim columns count. What is not seen must be finite there.
+    """
     logits = logits * spec.scale
     if spec.soft_cap is not None:
         logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
     logits = jnp.where(seen, logits, _NEVER)
     top = jnp.maximum(state.top, jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(logits - top), 0.0)
+    weights = jnp.exp(logits - top)  # zeros where not seen
     decay = jnp.exp(state.top - top)
+    out = _dot(subscripts, weights.astype(v.dtype), v)[..., -spec.kv.head_dim :]
     return _Softmax(
         top=top,
         total=state.total * decay + jnp.sum(weights, axis=-1, keepdims=True),
-        out=state.out * decay + _dot(subscripts, weights.astype(v.dtype), v),
+        out=state.out * decay + out,
     )
 
 

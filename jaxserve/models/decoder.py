@@ -1,6 +1,7 @@
 """The one decoder: pre-norm transformer blocks over paged KV."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ class Decoder(nnx.Module):
         if isinstance(self.layers, DecoderLayer):  # stacked
             graph, states = nnx.split(self.layers)
 
-            def body(carry: tuple[Array, Array], scanned: tuple) -> tuple[tuple[Array, Array], None]:
+            def body(carry: tuple[Array, Array], scanned: Any) -> tuple[tuple[Array, Array], None]:
                 state, number = scanned
                 return _run_layer(graph, state, carry, pages, cos_sin, number), None
 

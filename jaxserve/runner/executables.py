@@ -51,8 +51,16 @@ class Job:
     donate: tuple[int, ...] = ()
 
 
+# XLA:GPU's defaults copy weights in every step: a fused Triton matmul cannot read a layer's slice
+# of a stack in place, and merging q, k, v (or gate and up) concatenates their matrices each time.
+# Without both, no weight is copied (compiled for an H100: `benchmarks/layer_loop.py`).
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+}
+
+
 def compile_all(
-    jobs: list[Job], *, precision: str | None, show_progress: bool
+    jobs: list[Job], *, platform: str, precision: str | None, show_progress: bool
 ) -> tuple[dict[str, Any], float]:
     """Compiles the jobs, several at a time; returns executables by name, and seconds taken.
 
@@ -63,7 +71,7 @@ def compile_all(
     def compile_one(job: Job) -> tuple[str, Any]:
         with jax.default_matmul_precision(precision or "default"):
             lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.arguments)
-        return job.name, lowered.compile()
+        return job.name, lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform))
 
     with ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="jaxserve-compile") as pool:
         done = pool.map(compile_one, jobs)

@@ -169,7 +169,10 @@ class Runner:
             jobs.append(Job(f"prompt_logprobs_{t}", score, (weights, hidden, ints(t))))
         float32 = s.dtype == jnp.float32
         self._executables, self.compile_s = compile_all(
-            jobs, precision="highest" if float32 else None, show_progress=self._show_progress
+            jobs,
+            platform=self.device.platform,
+            precision="highest" if float32 else None,
+            show_progress=self._show_progress,
         )
         compile_cache.seal(self._cache_folder)
 

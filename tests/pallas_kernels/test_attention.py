@@ -207,10 +207,10 @@ def test_the_cache_is_never_copied(num_tokens: int, looped: bool) -> None:
 
 
 def test_on_tpu_the_cache_is_not_viewed_flat() -> None:
-    """There a view that merges heads and head_dim is a copy of the whole cache."""
+    """There a view that merges a pair of heads and head_dim is a copy of the whole cache."""
     spec = attention_case("smollm2-135m")
     batch = make_batch(spec, [(1, 9), (5, 20)], num_decode_rows=1, num_tokens=8, max_rows=2)
-    flat = f"tensor<{batch.kv_pages.shape[0] * 16}x384xf32>"
+    flat = f"tensor<{batch.kv_pages.shape[0] * 16 * 3}x128xf32>"
     traced = run.trace(dataclasses.replace(batch, histories=[]), spec=spec, backend="xla")
     for platform, is_flat in {"tpu": False, "cpu": True, "cuda": True}.items():
         text = traced.lower(lowering_platforms=(platform,)).as_text()
