@@ -22,6 +22,7 @@ from jaxserve.runner.row_state import (
 from jaxserve.sampling_params import GREEDY_BELOW
 
 IMPOSSIBLE = -jnp.inf
+BLOCK = 128
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +63,7 @@ def sample(logits: Array, rows: SamplingRows, state: RowState, *, max_logprobs: 
     token_ids = jax.lax.cond(
         jnp.any(special),
         lambda: _draw(_process(logits, rows, state), rows),
-        lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        lambda: largest(logits),
     )
     ids, values, ranks = jax.lax.cond(
         jnp.any(rows.num_logprobs >= 0),
@@ -76,6 +77,21 @@ def sample(logits: Array, rows: SamplingRows, state: RowState, *, max_logprobs: 
         logprobs=values,
         ranks=ranks,
     )
+
+
+def largest(logits: Array) -> Array:
+    """The first index of each row's largest value [B, V] -> [B] int32.
+
+    In two levels where V allows it: XLA:CPU takes a maximum ten times faster than an argmax.
+    """
+    num_rows, size = logits.shape
+    if size % BLOCK:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    blocks = logits.reshape(num_rows, -1, BLOCK)
+    tops = jnp.max(blocks, axis=-1)  # [B, V / BLOCK]
+    block = jnp.argmax(tops, axis=-1)
+    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [B, BLOCK]
+    return (block * BLOCK + jnp.argmax(within, axis=-1)).astype(jnp.int32)
 
 
 def logprobs_of(
@@ -186,10 +202,9 @@ def _draw(logits: Array, rows: SamplingRows) -> Array:
         scaled = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
         scaled = _truncate(scaled, rows, ~greedy)
         noise = jax.vmap(functools.partial(_gumbel, size=logits.shape[1]))(rows.seeds, rows.lens)
-        return jnp.argmax(jnp.where(greedy[:, None], logits, scaled + noise), axis=-1)
+        return largest(jnp.where(greedy[:, None], logits, scaled + noise))
 
-    picked = jax.lax.cond(jnp.all(greedy), lambda: jnp.argmax(logits, axis=-1), draw)
-    return picked.astype(jnp.int32)
+    return jax.lax.cond(jnp.all(greedy), lambda: largest(logits), draw)
 
 
 def _gumbel(seed: Array, position: Array, *, size: int) -> Array:

@@ -20,7 +20,7 @@ from jaxserve.runner.row_state import (
     pack_sampling,
     pack_tokens,
 )
-from jaxserve.runner.sampler import Sampled, SamplingRows, sample
+from jaxserve.runner.sampler import Sampled, SamplingRows, largest, sample
 from jaxserve.sampling_params import SamplingParams
 
 VOCAB = 70  # not a multiple of 32
@@ -278,3 +278,11 @@ def test_bad_words_match_the_output_only(prompt_word: bool) -> None:
         bad_words=((8, 9),),
     )
     assert (int(run(logits, [row]).token_ids[0]) == 9) is prompt_word
+
+
+@pytest.mark.parametrize("size", [128, 1280, 1000])
+def test_largest_is_the_first_of_equals(size: int) -> None:
+    rng = np.random.default_rng(size)
+    logits = rng.integers(0, 40, (50, size)).astype(np.float32)  # many ties
+    logits[0] = -np.inf
+    np.testing.assert_array_equal(np.asarray(largest(jnp.asarray(logits))), logits.argmax(axis=1))
