@@ -115,7 +115,7 @@ class Runner:
         self._requests: dict[int, Request] = {}  # row -> request
         self._last_finished_s = 0.0
         self._state = self._allocate()
-        self._compile()
+        self._compile(config)
 
     # Start-up
 
@@ -135,7 +135,7 @@ class Runner:
         with jax.default_device(self.device.device):
             return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))()
 
-    def _compile(self) -> None:
+    def _compile(self, config: EngineConfig) -> None:
         s, state = self.settings, self._abstract_state()
         weights = list(self._model.shapes)
 
@@ -175,6 +175,25 @@ class Runner:
             show_progress=self._show_progress,
         )
         compile_cache.seal(self._cache_folder)
+        self._check_memory(config)
+
+    def _check_memory(self, config: EngineConfig) -> None:
+        """Refuses to start with a step that the device's memory cannot hold."""
+        limit = self.device.memory_limit_bytes(config.gpu_memory_utilization)
+        if limit is None:
+            return
+        step_bytes = max(m.temp_size_in_bytes for m in self.memory_analysis().values())
+        kv_bytes = self.num_pages * self.bytes_a_page
+        missing = self.weight_bytes + kv_bytes + step_bytes - limit
+        if missing > 0:
+            fitting = self.num_pages - -(-missing // self.bytes_a_page)
+            raise ConfigError(
+                f"the largest step needs {step_bytes / device.GIB:.2f} GiB beside "
+                f"{self.weight_bytes / device.GIB:.2f} GiB of weights and "
+                f"{kv_bytes / device.GIB:.2f} GiB of KV cache: more than the "
+                f"{limit / device.GIB:.2f} GiB that may be used. Lower max_num_batched_tokens"
+                + (f", or pass num_gpu_blocks_override={fitting}" if fitting > 1 else "")
+            )
 
     def warm_up(self) -> None:
         """Runs the smallest and the largest step once, on the null page."""
