@@ -36,6 +36,9 @@ from jaxserve.step import NewRow, StepPlan, StepResult
 from jaxserve.weights.loader import load_weights
 
 INT32 = jnp.dtype(jnp.int32)
+_NO_REQUEST = Request(
+    request_id="", prompt_token_ids=(), sampling=SamplingParams(), max_tokens=1, eos_token_id=None
+)
 
 
 class Runner:
@@ -148,16 +151,11 @@ class Runner:
 
             return Job(name, load, (state, ints(size)), donate=(0,))
 
-        zero = Request(
-            request_id="",
-            prompt_token_ids=(),
-            sampling=SamplingParams(),
-            max_tokens=1,
-            eos_token_id=None,
-        )
         jobs = [
             loader("load_tokens", load_tokens, pack_tokens(self._shapes, 0, ((),), ()).size),
-            loader("load_sampling", load_sampling, pack_sampling(self._shapes, 0, zero).size),
+            loader(
+                "load_sampling", load_sampling, pack_sampling(self._shapes, 0, _NO_REQUEST).size
+            ),
         ]
         for t, layout in sorted(self._layouts.items(), reverse=True):
             step = make_step(
@@ -196,14 +194,22 @@ class Runner:
             )
 
     def warm_up(self) -> None:
-        """Runs the smallest and the largest step once, on the null page."""
-        for t in (min(self._layouts), max(self._layouts)):
-            empty = StepPlan(rows=(), new_rows=(), num_tokens=0)
-            blob = pack(self._layouts[t], empty, self._parameters, ([],))
-            self._state, sampled, _ = self._executables[f"step_{t}"](
-                self._weights, self._state, jax.device_put(blob)
+        """Runs every executable once, on the idle row and the null page.
+
+        XLA:CPU's first run of each costs a quarter of a second more than the next.
+        """
+        idle, there = self.settings.max_num_seqs, self.device.device
+        self._load("load_tokens", pack_tokens(self._shapes, idle, ((),), ()))
+        self._load("load_sampling", pack_sampling(self._shapes, idle, _NO_REQUEST))
+        empty = StepPlan(rows=(), new_rows=(), num_tokens=0)
+        for t, layout in self._layouts.items():
+            blob = jax.device_put(pack(layout, empty, self._parameters, ([],)), there)
+            self._state, _, hidden = self._executables[f"step_{t}"](
+                self._weights, self._state, blob
             )
-            jax.block_until_ready(sampled)
+            targets = jax.device_put(np.zeros(t, np.int32), there)
+            score = self._executables[f"prompt_logprobs_{t}"]
+            jax.block_until_ready(score(self._weights, hidden, targets))
 
     def memory_analysis(self) -> dict[int, Any]:
         """XLA's memory figures for each token bucket's step."""
