@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array, lax
 
 from pallas_kernels.attention import paged_attention
+from pallas_kernels.backend import XLA
 from pallas_kernels.cases import CASES, attention_case
 from pallas_kernels.kv_write import kv_pages_shape
 from pallas_kernels.types import AttentionSpec, PageMetadata
@@ -101,7 +102,7 @@ def paged_step(spec: AttentionSpec, shape: Shape) -> Callable[[], Array]:
     """A call that attends in NUM_LAYERS layers, the cache donated and carried."""
     rng = np.random.default_rng(2)
     pages = page_metadata(spec, shape)
-    cache_shape = kv_pages_shape(spec.kv, NUM_LAYERS, pages.num_pages)
+    cache_shape = kv_pages_shape(spec.kv, NUM_LAYERS, pages.num_pages, backend=XLA)
     kv_pages = jnp.asarray(rng.standard_normal(cache_shape.shape, np.float32), cache_shape.dtype)
     q, k, v = (
         jnp.asarray(rng.standard_normal((shape.num_tokens, heads, spec.kv.head_dim)), spec.kv.dtype)
@@ -112,9 +113,7 @@ def paged_step(spec: AttentionSpec, shape: Shape) -> Callable[[], Array]:
     def step(kv_pages: Array, q: Array, k: Array, v: Array, pages: PageMetadata):
         def layer(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             x, kv_pages = carry
-            out, kv_pages = paged_attention(
-                x, k, v, kv_pages, pages, index, spec=spec, backend="xla"
-            )
+            out, kv_pages = paged_attention(x, k, v, kv_pages, pages, index, spec=spec, backend=XLA)
             return q + 1e-6 * out, kv_pages
 
         return lax.fori_loop(0, NUM_LAYERS, layer, (q, kv_pages))

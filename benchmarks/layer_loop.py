@@ -38,7 +38,7 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from benchmarks.common import print_table, write_json  # noqa: E402
-from jaxserve.layers.kernels import Kernels, kv_pages_shape  # noqa: E402
+from jaxserve.layers.kernels import XLA, Kernels, kv_pages_shape  # noqa: E402
 from jaxserve.models.llama import spec_from_config  # noqa: E402
 from jaxserve.runner.batch import Layout  # noqa: E402
 from jaxserve.runner.executables import COMPILER_OPTIONS  # noqa: E402
@@ -113,9 +113,11 @@ def build(model: str, target: str, num_tokens: int, *, scan: bool) -> tuple[Call
     shapes = RowShapes(
         max_num_seqs=64, max_model_len=1024, page_size=16, vocab_size=spec.vocab_size
     )
-    split = split_model(spec, page_size=16, kernels=Kernels("xla"), dtype=dtype, scan_layers=scan)
+    split = split_model(spec, page_size=16, kernels=Kernels(XLA), dtype=dtype, scan_layers=scan)
     layout = Layout(num_tokens, shapes)
-    kv = kv_pages_shape(spec.attention(page_size=16, dtype=dtype).kv, spec.num_layers, NUM_PAGES)
+    kv = kv_pages_shape(
+        spec.attention(page_size=16, dtype=dtype).kv, spec.num_layers, NUM_PAGES, backend=XLA
+    )
     state = DeviceState((kv,), shapes.abstract())  # pyright: ignore[reportArgumentType]
     blob = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
     step = make_step(layout, split, num_pages=(NUM_PAGES,), max_logprobs=20)

@@ -5,8 +5,8 @@ from jax import Array
 
 from pallas_kernels.attention_reference import attend_reference
 from pallas_kernels.attention_xla import attend_xla
-from pallas_kernels.backend import BACKENDS, BackendRefused
-from pallas_kernels.kv_write import write_kv
+from pallas_kernels.backend import Backend, BackendRefused
+from pallas_kernels.kv_write import page_layout, write_kv
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 _ATTEND = {"reference": attend_reference, "xla": attend_xla}
@@ -15,39 +15,63 @@ _ATTEND = {"reference": attend_reference, "xla": attend_xla}
 def paged_attention(
     q: Array,  # [T, N, H]
     k: Array,  # [T, K, H]
-    v: Array,  # [T, K, H]
-    kv_pages: Array,  # [L * num_pages, page_size, 2K, H]
+    v: Array | None,  # [T, K, H]; None for a latent cache
+    kv_pages: Array,  # as `kv_pages_shape` says: [L * num_pages, page_size, 2K, H], or padded
     pages: PageMetadata,
     layer: int | Array,
     *,
     spec: AttentionSpec,
-    backend: str,
+    backend: Backend,
+    sinks: Array | None = None,  # [N] float32, if spec.sinks
+    kv_scales: Array | None = None,  # [2K] float32: of head j's keys 2j, of its values 2j + 1
 ) -> tuple[Array, Array]:
     """Write this step's keys and values to the cache of `layer`, then attend to it.
 
-    Returns `out [T, N, H]` in q's dtype, with zeros for padding tokens, and the cache, updated in
-    place when it is donated or carried. Prefill, decode and mixed batches are one call. `layer` is
-    an int or a traced int32.
+    Returns `out [T, N, out_dim]` in q's dtype, with zeros for padding tokens, and the cache,
+    updated in place when it is donated or carried. Prefill, decode and mixed batches are one call.
+    `layer` is an int or a traced int32. What the cache stands for is what it stores times
+    `kv_scales` (a latent cache has one scale), so that 8-bit types can cover the values' range.
 
     Raises ValueError for arrays that do not fit `spec` or each other, and BackendRefused for a
     backend that has no implementation. Choose it with `choose_backend`.
+
+    PagedAttention is arXiv 2309.06180.
     """
-    if backend not in _ATTEND:
-        why = "no kernel in this version" if backend in BACKENDS else "there is none of this name"
-        raise BackendRefused(f"attention backend {backend!r} refused: {why}")
-    _check(q, k, v, kv_pages, pages, layer, spec)
-    kv_pages = write_kv(kv_pages, k, v, pages, layer, spec=spec.kv)
-    return _ATTEND[backend](q, kv_pages, pages, layer, spec=spec), kv_pages
+    if backend.name not in _ATTEND:
+        raise BackendRefused(f"attention backend {backend.name!r}: no kernel in this version")
+    _check(q, k, v, kv_pages, pages, layer, spec, backend, sinks, kv_scales)
+    value_scale = None
+    if kv_scales is not None:
+        key_scale, value_scale = _per_head(kv_scales, spec)
+        q = (q * jnp.repeat(key_scale, spec.group, axis=0)).astype(q.dtype)
+        k = k / key_scale
+        v = v if v is None else v / value_scale
+    kv_pages = write_kv(kv_pages, k, v, pages, layer, spec=spec.kv, backend=backend)
+    attend = _ATTEND[backend.name]
+    out = attend(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
+    if value_scale is not None:
+        out = (out * jnp.repeat(value_scale, spec.group, axis=0)).astype(out.dtype)
+    return out, kv_pages
+
+
+def _per_head(kv_scales: Array, spec: AttentionSpec) -> tuple[Array, Array]:
+    """The scales of keys and of values, [K, 1] each."""
+    if spec.kv.kind == "latent":
+        return kv_scales[:, None], kv_scales[:, None]
+    return kv_scales[0::2, None], kv_scales[1::2, None]
 
 
 def _check(
     q: Array,
     k: Array,
-    v: Array,
+    v: Array | None,
     kv_pages: Array,
     pages: PageMetadata,
     layer: int | Array,
     spec: AttentionSpec,
+    backend: Backend,
+    sinks: Array | None,
+    kv_scales: Array | None,
 ) -> None:
     """Raise one ValueError that names every array that does not fit."""
     kv = spec.kv
@@ -56,8 +80,7 @@ def _check(
     expected = {
         "q": (q, (num_tokens, spec.num_heads, kv.head_dim)),
         "k": (k, (num_tokens, kv.num_kv_heads, kv.head_dim)),
-        "v": (v, (num_tokens, kv.num_kv_heads, kv.head_dim)),
-        "kv_pages": (kv_pages, (None, kv.page_size, 2 * kv.num_kv_heads, kv.head_dim)),
+        "kv_pages": (kv_pages, (None, *page_layout(kv, backend).page)),
         "pages.page_table": (pages.page_table, (num_rows, None)),
         "pages.slots": (pages.slots, (num_tokens,)),
         "pages.kv_lens": (pages.kv_lens, (num_rows,)),
@@ -66,6 +89,16 @@ def _check(
         "pages.num_decode_rows": (pages.num_decode_rows, ()),
     }
     faults = []
+    optional = {
+        "v": (v, (num_tokens, kv.num_kv_heads, kv.head_dim), kv.kind != "latent"),
+        "sinks": (sinks, (spec.num_heads,), spec.sinks),
+        "kv_scales": (kv_scales, (kv.num_scales,), kv_scales is not None),
+    }
+    for name, (array, shape, is_wanted) in optional.items():
+        if array is not None and is_wanted:
+            expected[name] = (array, shape)
+        elif (array is not None) != is_wanted:
+            faults.append(f"{name} is {'missing' if is_wanted else 'given, but spec has none'}")
     for name, (array, shape) in expected.items():
         fits = len(array.shape) == len(shape) and all(
             want in (None, have) for have, want in zip(array.shape, shape, strict=True)

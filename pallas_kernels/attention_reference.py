@@ -7,24 +7,31 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.kv_write import split_kv
+from pallas_kernels.backend import REFERENCE, Backend
+from pallas_kernels.kv_write import page_layout, split_kv, token_rows
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 
 def attend_reference(
     q: Array,  # [T, N, H]
-    kv_pages: Array,  # [L * num_pages, page_size, 2K, H], with this step's tokens written
+    kv_pages: Array,  # [L * num_pages, *page], with this step's tokens written
     pages: PageMetadata,
     layer: int | Array,
     *,
     spec: AttentionSpec,
+    backend: Backend = REFERENCE,
+    sinks: Array | None = None,  # [N]
 ) -> Array:
-    """Attention of every token to its row's tokens up to itself: [T, N, H]. Padding gets zeros."""
-    num_kv_heads, head_dim = spec.kv.num_kv_heads, spec.kv.head_dim
-    group = spec.num_heads // num_kv_heads
-    num_rows = pages.kv_lens.shape[0]
+    """Attention of every token to its row's tokens up to itself: [T, N, out_dim].
 
-    def attend_token(token: Array, query: Array) -> Array:  # [], [N, H] -> [N, H]
+    Padding gets zeros. `backend` names the layout of the pages: that of a kernel whose cache is
+    being checked, or the plain one.
+    """
+    kv, group = spec.kv, spec.group
+    num_rows = pages.kv_lens.shape[0]
+    layout = page_layout(kv, backend)
+
+    def attend_token(token: Array, query: Array) -> Array:  # [], [N, H] -> [N, out_dim]
         row = jnp.searchsorted(pages.query_starts, token, side="right") - 1
         in_use = row < num_rows
         row = jnp.minimum(row, num_rows - 1)
@@ -32,26 +39,28 @@ def attend_reference(
         position = pages.kv_lens[row] - 1 - tokens_after
 
         ids = layer * pages.num_pages + pages.page_table[row]
-        pairs = kv_pages[ids].astype(jnp.float32)  # [P, page_size, 2K, H]
-        k, v = split_kv(pairs.reshape(-1, 2 * num_kv_heads, head_dim))  # [S, K, H]
+        rows = token_rows(kv_pages[ids].astype(jnp.float32), layout)  # [P, page_size, C, W]
+        k, v = split_kv(rows.reshape(-1, *rows.shape[2:]), kv, layout)  # [S, K, H]
         kv_position = jnp.arange(k.shape[0])
         seen = in_use & (kv_position <= position)
         if spec.window is not None:
             seen &= kv_position > position - spec.window
 
-        grouped = query.astype(jnp.float32).reshape(num_kv_heads, group, head_dim)
+        grouped = query.astype(jnp.float32).reshape(kv.num_kv_heads, group, kv.head_dim)
         logits = spec.scale * jnp.sum(grouped[None] * k[:, :, None], axis=-1)  # [S, K, G]
         if spec.soft_cap is not None:
             logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
         seen = seen[:, None, None]
         logits = jnp.where(seen, logits, -jnp.inf)
-        top = jnp.max(logits, axis=0, initial=jnp.finfo(jnp.float32).min)
+        top = jnp.max(logits, axis=0, initial=jnp.finfo(jnp.float32).min)  # [K, G]
+        sink = jnp.full(top.shape, -jnp.inf) if sinks is None else sinks.reshape(top.shape)
+        top = jnp.maximum(top, sink)
         weights = jnp.where(seen, jnp.exp(logits - top), 0.0)  # [S, K, G]
         values = jnp.where(seen, v, 0.0)  # whatever an unseen slot holds, NaN too, must not leak
-        out = jnp.sum(weights[..., None] * values[:, :, None], axis=0)  # [K, G, H]
-        total = jnp.sum(weights, axis=0)[..., None]
+        out = jnp.sum(weights[..., None] * values[:, :, None], axis=0)  # [K, G, out_dim]
+        total = (jnp.sum(weights, axis=0) + jnp.exp(sink - top))[..., None]
         out = jnp.where(in_use, out / jnp.where(in_use, total, 1.0), 0.0)
-        return out.reshape(query.shape).astype(query.dtype)
+        return out.reshape(spec.num_heads, kv.out_dim).astype(query.dtype)
 
     tokens = jnp.arange(q.shape[0], dtype=jnp.int32)
     return jax.lax.map(lambda each: attend_token(*each), (tokens, q))

@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.backend import XLA, Backend
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 _CHUNK = 64  # kv tokens of a row that one step reads
@@ -53,7 +54,7 @@ class _Softmax(NamedTuple):
 
     top: Array  # [..., 1] largest logit
     total: Array  # [..., 1] sum of exp(logit - top)
-    out: Array  # [..., H] sum of exp(logit - top) * v
+    out: Array  # [..., V] sum of exp(logit - top) * v
 
 
 def attend_xla(
@@ -63,19 +64,23 @@ def attend_xla(
     layer: int | Array,
     *,
     spec: AttentionSpec,
+    backend: Backend = XLA,
+    sinks: Array | None = None,  # [N]
 ) -> Array:
-    """Attention of every token to its row's tokens up to itself: [T, N, H]. Padding gets zeros."""
-    num_kv_heads, head_dim = spec.kv.num_kv_heads, spec.kv.head_dim
-    num_tokens = q.shape[0]
-    grouped = q.reshape(num_tokens, num_kv_heads, -1, head_dim)  # [T, K, G, H]
-    first_page = jnp.asarray(layer, jnp.int32) * pages.num_pages
+    """Attention of every token to its row's tokens up to itself: [T, N, out_dim].
 
-    decoded = _attend_decode(grouped, kv_pages, pages, first_page, spec=spec)
-    if num_tokens == 1:
-        return decoded.reshape(q.shape)
-    out = jnp.pad(decoded, ((0, num_tokens - decoded.shape[0]), (0, 0), (0, 0), (0, 0)))
-    out = _attend_prefill(grouped, out, kv_pages, pages, first_page, spec=spec)
-    return out.reshape(q.shape)
+    Padding gets zeros. The pages are in the plain layout, for any chip.
+    """
+    num_tokens = q.shape[0]
+    grouped = q.reshape(num_tokens, spec.kv.num_kv_heads, -1, spec.kv.head_dim)  # [T, K, G, H]
+    first_page = jnp.asarray(layer, jnp.int32) * pages.num_pages
+    sink = None if sinks is None else sinks.reshape(grouped.shape[1:3])[..., None]  # [K, G, 1]
+
+    out = _attend_decode(grouped, kv_pages, pages, first_page, sink, spec=spec)
+    if num_tokens > 1:
+        out = jnp.pad(out, ((0, num_tokens - out.shape[0]), (0, 0), (0, 0), (0, 0)))
+        out = _attend_prefill(grouped, out, kv_pages, pages, first_page, sink, spec=spec)
+    return out.reshape(num_tokens, spec.num_heads, spec.kv.out_dim)
 
 
 def _attend_decode(
@@ -83,10 +88,11 @@ def _attend_decode(
     kv_pages: Array,
     pages: PageMetadata,
     first_page: Array,
+    sink: Array | None,  # [K, G, 1]
     *,
     spec: AttentionSpec,
 ) -> Array:
-    """Attention of the leading decode rows, whose one token is row i's token i: [B, K, G, H].
+    """Attention of the leading decode rows, whose one token is row i's token i: [B, K, G, V].
 
     The chunks of all rows form one list, cut into equal parts: each lane works through a part, all
     lanes in step (Stream-K, arXiv 2301.03598). So the work is that of the chunks there are, however
@@ -94,7 +100,8 @@ def _attend_decode(
     partial i + j: both rise along the list, so no two lanes write to the same.
 
     The dots run over whole (key, value) pairs, the query beside zeros and half of what comes out
-    unused: with few queries, twice the arithmetic costs less than a copy that parts the pairs.
+    unused: with few queries, twice the arithmetic costs less than a copy that parts the pairs. A
+    latent row is its own pair: all of it the key, and the value its first columns.
     """
     num_rows = min(q.shape[0], pages.kv_lens.shape[0])
     row_ids = jnp.arange(num_rows, dtype=jnp.int32)
@@ -111,7 +118,9 @@ def _attend_decode(
     ends = jnp.cumsum(num_chunks)  # [B] of the rows' chunks in the list
     starts = ends - num_chunks
     part = (ends[-1] + num_lanes - 1) // num_lanes  # chunks a lane
-    padded = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1])))  # [T, K, G, 2H]
+    dtype = _compute_dtype(q, spec)
+    beside = 0 if spec.kv.kind == "latent" else q.shape[-1]
+    padded = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, beside)))  # [T, K, G, 2H]
 
     def step(index: Array, partials: _Softmax) -> _Softmax:
         item = lanes * part + index  # [M]
@@ -119,7 +128,8 @@ def _attend_decode(
         in_use = row < num_rows
         row = jnp.minimum(row, num_rows - 1)
         at = jnp.where(in_use, first_chunk[row] + item - starts[row], 0)
-        pairs = _gather(kv_pages, first_page + _take(table, (row, at)), spec)  # [M, K, S, 2H]
+        ids = first_page + _take(table, (row, at))
+        pairs = _gather(kv_pages, ids, spec).astype(dtype)  # [M, K, S, 2H]
         position = at[:, None] * chunk + jnp.arange(chunk, dtype=jnp.int32)  # [M, S]
         seen = in_use[:, None] & (position < kv_lens[row][:, None])
         if spec.window is not None:
@@ -140,7 +150,7 @@ def _attend_decode(
             state,
         )
 
-    partials = _start((num_rows + num_lanes, *q.shape[1:]))
+    partials = _start((num_rows + num_lanes, *q.shape[1:3]), spec)
     partials = lax.fori_loop(0, part, step, partials)
 
     # Row i's partials end with that of the lane that reads its last chunk.
@@ -154,21 +164,23 @@ def _attend_decode(
     top = jax.ops.segment_max(partials.top, row_of, num_rows, indices_are_sorted=True)
     share = jnp.exp(partials.top - top[row_of])
     merged = _Softmax(top, merge(partials.total * share), merge(partials.out * share))
-    return _finish(merged).astype(q.dtype)
+    return _finish(merged, sink).astype(q.dtype)
 
 
 def _attend_prefill(
     q: Array,  # [T, K, G, H]
-    out: Array,  # [T, K, G, H]: zeros but for the decode rows
+    out: Array,  # [T, K, G, V]: zeros but for the decode rows
     kv_pages: Array,
     pages: PageMetadata,
     first_page: Array,
+    sink: Array | None,  # [K, G, 1]
     *,
     spec: AttentionSpec,
 ) -> Array:
     """Attention of the rows after the decode rows, a tile of queries at a time, into `out`."""
     num_tokens = q.shape[0]
     tile = min(_QUERY_TILE, num_tokens)
+    dtype = _compute_dtype(q, spec)
     table, chunk = _chunked(pages.page_table, spec)  # [B, C, P]
 
     num_queries = jnp.diff(pages.query_starts)
@@ -193,7 +205,8 @@ def _attend_prefill(
 
         def step(index: Array, state: _Softmax) -> _Softmax:
             ids = _take(table, (row, index))
-            k, v = jnp.split(_gather(kv_pages, first_page + ids, spec), 2, axis=-1)  # [K, S, H]
+            pairs = _gather(kv_pages, first_page + ids, spec).astype(dtype)  # [K, S, 2H]
+            k, v = pairs[..., : spec.kv.head_dim], _values(pairs, spec)
             kv_position = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
             v = jnp.where((kv_position < end)[:, None], v, 0)
             seen = valid[:, None] & (kv_position <= positions[:, None])  # [Q, S]
@@ -204,8 +217,9 @@ def _attend_prefill(
 
         start = _first_seen(position, spec) // chunk
         stop = (end + chunk - 1) // chunk
-        state = lax.fori_loop(start, stop, step, _start(queries.shape))
-        result = _finish(state).astype(out.dtype).transpose(2, 0, 1, 3)  # [Q, K, G, H]
+        state = lax.fori_loop(start, stop, step, _start(queries.shape[:-1], spec))
+        result = _finish(state, sink if sink is None else sink[:, :, None])
+        result = result.astype(out.dtype).transpose(2, 0, 1, 3)  # [Q, K, G, V]
         return lax.dynamic_update_slice_in_dim(out, result, token, axis=0)
 
     out = lax.fori_loop(0, tiles_end[-1], attend_tile, out)
@@ -235,16 +249,32 @@ def _first_seen(position: Array, spec: AttentionSpec) -> Array:
     return jnp.maximum(position - (spec.window - 1), 0)
 
 
+def _compute_dtype(q: Array, spec: AttentionSpec) -> jnp.dtype:
+    """What stored keys and values are multiplied in: as they are, but for 8-bit ones q's type."""
+    stored = jnp.dtype(spec.kv.dtype)
+    return stored if stored.itemsize > 1 else q.dtype
+
+
+def _values(pairs: Array, spec: AttentionSpec) -> Array:
+    """The value columns of (key, value) pairs [..., 2H], or of latent rows [..., H]."""
+    width = spec.kv.out_dim
+    return pairs[..., :width] if spec.kv.kind == "latent" else pairs[..., -width:]
+
+
 def _gather(kv_pages: Array, ids: Array, spec: AttentionSpec) -> Array:
-    """The tokens of pages `ids [..., P]` in order, each key beside its value: [..., K, S, 2H]."""
+    """The tokens of pages `ids [..., P]` in order, each key beside its value: [..., K, S, 2H].
+
+    Of a latent cache the rows themselves: [..., 1, S, H].
+    """
     size, num_kv_heads = spec.kv.page_size, spec.kv.num_kv_heads
+    width = spec.kv.head_dim * (1 if spec.kv.kind == "latent" else 2)
     slots = ids[..., None] * size + jnp.arange(size, dtype=jnp.int32)  # [..., P, page_size]
     slots = slots.reshape(*ids.shape[:-1], -1)  # [..., S]
 
     def flat(kv_pages: Array) -> Array:
         heads = jnp.arange(num_kv_heads, dtype=jnp.int32)[:, None]
         rows = slots[..., None, :] * num_kv_heads + heads  # [..., K, S]
-        return _take(kv_pages.reshape(-1, 2 * spec.kv.head_dim), rows)
+        return _take(kv_pages.reshape(-1, width), rows)
 
     def whole(kv_pages: Array) -> Array:
         tokens = _take(kv_pages.reshape(-1, *kv_pages.shape[2:]), slots)  # [..., S, 2K, H]
@@ -265,21 +295,20 @@ def _dot(subscripts: str, a: Array, b: Array) -> Array:
     return einsum(subscripts, a, b.astype(a.dtype), precision=lax.Precision.HIGHEST)
 
 
-def _start(shape: tuple[int, ...]) -> _Softmax:
-    row = (*shape[:-1], 1)
+def _start(shape: tuple[int, ...], spec: AttentionSpec) -> _Softmax:
     return _Softmax(
-        top=jnp.full(row, _LEAST, jnp.float32),
-        total=jnp.zeros(row, jnp.float32),
-        out=jnp.zeros(shape, jnp.float32),
+        top=jnp.full((*shape, 1), _LEAST, jnp.float32),
+        total=jnp.zeros((*shape, 1), jnp.float32),
+        out=jnp.zeros((*shape, spec.kv.out_dim), jnp.float32),
     )
 
 
 def _advance(
     state: _Softmax, logits: Array, seen: Array, v: Array, subscripts: str, spec: AttentionSpec
 ) -> _Softmax:
-    """The state after a chunk of raw logits [..., S] and values, where `seen`.
+    """The state after a chunk of raw logits [..., S] and `v`, values or pairs, where `seen`.
 
-    Of the rows of `v` only the last head_dim columns count. What is not seen must be finite there.
+    What is not seen must be finite in `v`.
     """
     logits = logits * spec.scale
     if spec.soft_cap is not None:
@@ -288,7 +317,8 @@ def _advance(
     top = jnp.maximum(state.top, jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - top)  # zeros where not seen
     decay = jnp.exp(state.top - top)
-    out = _dot(subscripts, weights.astype(v.dtype), v)[..., -spec.kv.head_dim :]
+    out = _dot(subscripts, weights.astype(v.dtype), v)
+    out = out if out.shape[-1] == spec.kv.out_dim else _values(out, spec)
     return _Softmax(
         top=top,
         total=state.total * decay + jnp.sum(weights, axis=-1, keepdims=True),
@@ -296,6 +326,11 @@ def _advance(
     )
 
 
-def _finish(state: _Softmax) -> Array:
+def _finish(state: _Softmax, sink: Array | None) -> Array:
     """The attention output; zeros where nothing was seen."""
+    if sink is not None:
+        top = jnp.maximum(state.top, sink)
+        decay = jnp.exp(state.top - top)
+        total = state.total * decay + jnp.exp(sink - top)
+        state = _Softmax(top=top, total=total, out=state.out * decay)
     return state.out / jnp.where(state.total > 0, state.total, 1.0)

@@ -1,48 +1,69 @@
 """Which implementation of attention runs: chosen once, at start-up, and never in silence."""
 
+from dataclasses import dataclass
+from typing import Literal
+
+from pallas_kernels.chips import CPU, Chip
 from pallas_kernels.types import AttentionSpec
 
 AUTO_ORDER = ("tpu", "gpu", "xla")  # auto takes the first of these that does not refuse
 BACKENDS = (*AUTO_ORDER, "reference")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """An implementation and the chip that it is compiled for. Static, hashable."""
+
+    name: Literal["tpu", "gpu", "xla", "reference"]
+    chip: Chip = CPU
+    interpret: bool = False  # run a kernel of `chip` in Pallas' interpreter: slow, on any machine
+
+
+XLA = Backend(name="xla")
+REFERENCE = Backend(name="reference")
+
+
 class BackendRefused(ValueError):
     """A backend that was asked for by name cannot run here; the message says why."""
 
 
-def why_not(backend: str, spec: AttentionSpec, *, platform: str, device_kind: str) -> str | None:
-    """Why `backend` cannot run this kind of layer on this device, or None if it can.
+def why_not(name: str, spec: AttentionSpec, *, chip: Chip) -> str | None:
+    """Why the backend cannot run this kind of layer on this chip, or None if it can.
 
-    `platform` is jax's name ("cpu", "gpu", "tpu"), `device_kind` the chip's ("NVIDIA H100").
     Raises BackendRefused for a name that is no backend's.
     """
-    if backend not in BACKENDS:
-        raise BackendRefused(f"no attention backend {backend!r}: choose one of {BACKENDS}")
+    if name not in BACKENDS:
+        raise BackendRefused(f"no attention backend {name!r}: choose one of {BACKENDS}")
     kv = spec.kv
     if kv.num_kv_heads < 1 or spec.num_heads % kv.num_kv_heads:
         return f"{spec.num_heads} query heads are not a multiple of {kv.num_kv_heads} kv heads"
-    if backend in ("tpu", "gpu"):
-        if platform != backend:
-            return f"it needs a {backend.upper()}, this is {device_kind} ({platform})"
+    if kv.kind == "latent" and (kv.num_kv_heads != 1 or not 0 < kv.out_dim <= kv.head_dim):
+        return (
+            f"a latent cache has one kv head and a value within its row, not {kv.num_kv_heads} "
+            f"heads and {kv.value_dim} of {kv.head_dim} columns"
+        )
+    if name in ("tpu", "gpu"):
+        if chip.platform != name:
+            return f"it needs a {name.upper()}, this is {chip}"
         return "no kernel in this version"
-    if backend == "xla" and kv.head_dim % 8:
+    if name == "xla" and kv.head_dim % 8:
         return f"head_dim={kv.head_dim} is not a multiple of 8"
     return None
 
 
 def choose_backend(
-    requested: str, spec: AttentionSpec, *, platform: str, device_kind: str
-) -> tuple[str, dict[str, str]]:
+    requested: str, spec: AttentionSpec, *, chip: Chip
+) -> tuple[Backend, dict[str, str]]:
     """The backend to use, and why each one passed over refused.
 
     `requested` is "auto" or a backend's name; "reference" runs only when it is named.
     Raises BackendRefused if the named backend, or every one auto considers, cannot run.
     """
     reasons: dict[str, str] = {}
-    for backend in AUTO_ORDER if requested == "auto" else (requested,):
-        reason = why_not(backend, spec, platform=platform, device_kind=device_kind)
+    for name in AUTO_ORDER if requested == "auto" else (requested,):
+        reason = why_not(name, spec, chip=chip)
         if reason is None:
-            return backend, reasons
-        reasons[backend] = reason
-    told = "; ".join(f"{backend!r}: {reason}" for backend, reason in reasons.items())
+            return Backend(name=name, chip=chip), reasons  # pyright: ignore[reportArgumentType]
+        reasons[name] = reason
+    told = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
     raise BackendRefused(f"attention backend refused: {told}")

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 from jax import Array
@@ -9,12 +10,30 @@ from jax import Array
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
-    """What one layer's share of the KV cache holds. Static."""
+    """What one layer's share of the KV cache holds. Static, hashable.
+
+    `kind` "heads" keeps a key and a value for each kv head. "latent" is multi-head latent attention
+    (DeepSeek-V2, arXiv 2405.04434) with its up-projections absorbed into the query and the output:
+    one row a token serves all query heads, all of it as the key and its first `value_dim` columns
+    as the value, so num_kv_heads is 1.
+    """
 
     num_kv_heads: int  # on this device
-    head_dim: int
+    head_dim: int  # of a key; of a latent row: its rank and the rotary part, 512 + 64 in DeepSeek
     page_size: int  # tokens a page
-    dtype: jax.typing.DTypeLike
+    dtype: jax.typing.DTypeLike  # of what is stored
+    kind: Literal["heads", "latent"] = "heads"
+    value_dim: int | None = None  # latent only; a head's value is as wide as its key
+
+    @property
+    def out_dim(self) -> int:
+        """Columns of a value, and so of a query head's output."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of a quantized cache: a key's and a value's for each head, or the latent row's."""
+        return 1 if self.kind == "latent" else 2 * self.num_kv_heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +45,12 @@ class AttentionSpec:
     scale: float  # logits = scale * q . k
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
     soft_cap: float | None = None  # logits = soft_cap * tanh(logits / soft_cap)
+    sinks: bool = False  # a learned logit a head joins the softmax's sum (arXiv 2309.17453)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a kv head."""
+        return self.num_heads // self.kv.num_kv_heads
 
 
 @functools.partial(

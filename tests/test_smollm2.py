@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from jaxserve import LLM, RequestOutput, SamplingParams
 from jaxserve.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.frontend.gguf_tokenizer import tokenizer_from_gguf
-from jaxserve.layers.kernels import Kernels, PageMetadata, kv_pages_shape
+from jaxserve.layers.kernels import XLA, Kernels, PageMetadata, kv_pages_shape
 from jaxserve.models.registry import architecture, spec_from_config
 from jaxserve.models.spec import ModelBatch
 from jaxserve.runner.model import split_model
@@ -143,13 +143,13 @@ def test_a_folder_with_the_same_weights_gives_the_same_tokens(folder: Path) -> N
 def logits_at_the_end(checkpoint: Checkpoint, prompt: list[int]) -> np.ndarray:
     spec = spec_from_config(checkpoint.config)
     split = split_model(
-        spec, page_size=16, kernels=Kernels("xla"), dtype=jnp.float32, scan_layers=True
+        spec, page_size=16, kernels=Kernels(XLA), dtype=jnp.float32, scan_layers=True
     )
     sources = split.sources(architecture(checkpoint.config), spec.num_layers)
     loaded = load_weights(checkpoint, sources, dtype=jnp.float32)
     num_pages = -(-len(prompt) // 16) + 1
     kv_spec = spec.attention(page_size=16, dtype=jnp.float32).kv
-    shape = kv_pages_shape(kv_spec, spec.num_layers, num_pages)
+    shape = kv_pages_shape(kv_spec, spec.num_layers, num_pages, backend=XLA)
     places = np.arange(len(prompt))
     pages = PageMetadata(
         page_table=jnp.arange(1, num_pages)[None],

@@ -125,7 +125,7 @@ class Engine:
             "parameters": r.spec.num_parameters,
             "dtype": str(s.dtype),
             "device": r.device.label,
-            "attention backend": r.attention_backend,
+            "attention backend": r.attention_backend.name,
             "other backends": passed_over,
             "layer loop": "scan" if s.scan_layers else "unrolled",
             "weight bytes": r.weight_bytes,

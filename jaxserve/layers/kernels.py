@@ -5,18 +5,29 @@ from dataclasses import dataclass
 from jax import Array
 
 from pallas_kernels.attention import paged_attention
-from pallas_kernels.backend import choose_backend
+from pallas_kernels.backend import XLA, Backend, choose_backend
+from pallas_kernels.chips import Chip
 from pallas_kernels.kv_write import kv_pages_shape
 from pallas_kernels.types import AttentionSpec, KVSpec, PageMetadata
 
-__all__ = ["AttentionSpec", "KVSpec", "Kernels", "PageMetadata", "choose_backend", "kv_pages_shape"]
+__all__ = [
+    "XLA",
+    "AttentionSpec",
+    "Backend",
+    "Chip",
+    "KVSpec",
+    "Kernels",
+    "PageMetadata",
+    "choose_backend",
+    "kv_pages_shape",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """The chosen implementation of each op, as static data that a layer holds."""
 
-    attention_backend: str
+    attention_backend: Backend
 
     def attend(
         self,

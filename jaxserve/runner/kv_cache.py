@@ -2,13 +2,13 @@
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
-from jaxserve.layers.kernels import KVSpec, kv_pages_shape
+from jaxserve.layers.kernels import Backend, KVSpec, kv_pages_shape
 from jaxserve.runner.device import GIB, DeviceInfo, cpu_kv_bytes
 
 
-def page_bytes(spec: KVSpec, num_layers: int) -> int:
+def page_bytes(spec: KVSpec, num_layers: int, *, backend: Backend) -> int:
     """Bytes of one page in all layers."""
-    shape = kv_pages_shape(spec, num_layers, 1)
+    shape = kv_pages_shape(spec, num_layers, 1, backend=backend)
     return shape.size * shape.dtype.itemsize
 
 

@@ -12,7 +12,7 @@ from jax import Array
 from jaxserve.checkpoint import Checkpoint
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
-from jaxserve.layers.kernels import Kernels, choose_backend, kv_pages_shape
+from jaxserve.layers.kernels import Chip, Kernels, choose_backend, kv_pages_shape
 from jaxserve.models import registry
 from jaxserve.request import Request
 from jaxserve.runner import compile_cache, device, kv_cache
@@ -65,8 +65,7 @@ class Runner:
             self.attention_backend, self.attention_reasons = choose_backend(
                 config.attention_backend,
                 attention,
-                platform=self.device.platform,
-                device_kind=self.device.kind,
+                chip=Chip.of(self.device.device),
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -89,7 +88,9 @@ class Runner:
         jax.block_until_ready(self._weights)
         self.load_s = time.perf_counter() - start
         self.weight_bytes = sum(w.nbytes for w in self._weights)
-        self.bytes_a_page = kv_cache.page_bytes(attention.kv, self.spec.num_layers)
+        self.bytes_a_page = kv_cache.page_bytes(
+            attention.kv, self.spec.num_layers, backend=self.attention_backend
+        )
         self._shapes = RowShapes(
             max_num_seqs=s.max_num_seqs,
             max_model_len=s.max_model_len,
@@ -130,7 +131,9 @@ class Runner:
         return s.max_num_batched_tokens * width * 4 + 5 * rows * m.vocab_size * 4 + (256 << 20)
 
     def _abstract_state(self) -> DeviceState:
-        kv = kv_pages_shape(self._kv_spec, self.spec.num_layers, self.num_pages)
+        kv = kv_pages_shape(
+            self._kv_spec, self.spec.num_layers, self.num_pages, backend=self.attention_backend
+        )
         return DeviceState((kv,), self._shapes.abstract())  # pyright: ignore[reportArgumentType]
 
     def _allocate(self) -> DeviceState:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxserve.checkpoint import open_checkpoint
 from jaxserve.errors import CheckpointError, UnsupportedError
-from jaxserve.layers.kernels import Kernels, PageMetadata, kv_pages_shape
+from jaxserve.layers.kernels import XLA, Kernels, PageMetadata, kv_pages_shape
 from jaxserve.models.llama import spec_from_config
 from jaxserve.models.registry import architecture
 from jaxserve.models.spec import ModelBatch
@@ -26,13 +26,13 @@ def logits_of(folder: Path, tokens: np.ndarray, *, scan: bool, chunks: list[int]
     checkpoint = open_checkpoint(str(folder))
     spec = spec_from_config(checkpoint.config)
     split = split_model(
-        spec, page_size=PAGE_SIZE, kernels=Kernels("xla"), dtype=jnp.float32, scan_layers=scan
+        spec, page_size=PAGE_SIZE, kernels=Kernels(XLA), dtype=jnp.float32, scan_layers=scan
     )
     sources = split.sources(architecture(checkpoint.config), spec.num_layers)
     loaded = load_weights(checkpoint, sources, dtype=jnp.float32)
     weights = [loaded[name] for name in split.names]
     kv_spec = spec.attention(page_size=PAGE_SIZE, dtype=jnp.float32).kv
-    shape = kv_pages_shape(kv_spec, spec.num_layers, NUM_PAGES)
+    shape = kv_pages_shape(kv_spec, spec.num_layers, NUM_PAGES, backend=XLA)
     kv = (jnp.full(shape.shape, jnp.nan, shape.dtype),)  # what is not written must not be read
     table = np.random.default_rng(0).permutation(np.arange(1, NUM_PAGES)).astype(np.int32)
 

@@ -1,7 +1,6 @@
 """paged_attention: each backend against dense numpy, over ragged batches on scattered pages."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,33 +9,14 @@ import pytest
 from jax import Array
 
 from pallas_kernels.attention import paged_attention
-from pallas_kernels.backend import BackendRefused
+from pallas_kernels.backend import REFERENCE, XLA, Backend, BackendRefused
 from pallas_kernels.cases import attention_case
+from pallas_kernels.kv_write import kv_pages_shape, saturate
 from pallas_kernels.types import AttentionSpec, PageMetadata
-from tests.pallas_kernels.batches import Batch, make_batch, oracle
+from tests.pallas_kernels.batches import Batch, error, make_batch, oracle, run
 
-BACKENDS = ("reference", "xla")
+BACKENDS = (REFERENCE, XLA)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "backend"))
-def run(batch: Batch, *, spec: AttentionSpec, backend: str) -> tuple[Array, Array]:
-    return paged_attention(
-        batch.q,
-        batch.k,
-        batch.v,
-        batch.kv_pages,
-        batch.pages,
-        batch.layer,
-        spec=spec,
-        backend=backend,
-    )
-
-
-def error(out: Array, expected: np.ndarray) -> float:
-    """||out - expected|| / ||expected||, NaN if any value is."""
-    difference = np.linalg.norm(np.asarray(out, np.float64) - expected)
-    return float(difference / max(float(np.linalg.norm(expected)), 1e-30))
 
 
 def check(spec: AttentionSpec, batch: Batch) -> None:
@@ -45,7 +25,7 @@ def check(spec: AttentionSpec, batch: Batch) -> None:
     for backend in BACKENDS:
         out, _ = run(dataclasses.replace(batch, histories=[]), spec=spec, backend=backend)
         assert out.dtype == batch.q.dtype
-        assert error(out, expected) <= TOLERANCE[jnp.dtype(spec.kv.dtype).name], backend
+        assert error(out, expected) <= TOLERANCE[batch.q.dtype.name], backend
         assert not np.any(np.asarray(out[num_used:], np.float32)), f"{backend}: padding not zero"
 
 
@@ -69,6 +49,13 @@ def ragged(page_size: int) -> list[tuple[int, int]]:
         ("tiny-mqa", "float32", 128, None, None),
         ("llama-3.1-8b/tp8", "bfloat16", 16, None, None),
         ("gemma-2b", "float32", 16, 1, None),
+        ("tiny-sinks", "float32", 16, None, None),
+        ("gpt-oss-20b", "bfloat16", 16, None, None),
+        ("tiny-latent", "float32", 8, None, None),
+        ("deepseek-v3/tp8", "bfloat16", 64, None, None),
+        ("tiny", "float8_e4m3fn", 16, None, None),
+        ("tiny-mqa", "float8_e5m2", 32, 20, 2.0),
+        ("tiny-latent", "int8", 16, None, None),
     ],
 )
 def test_ragged_batches_match_dense_attention(
@@ -130,9 +117,9 @@ def test_every_layer_reads_and_writes_its_own_pages() -> None:
         check(spec, batch)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("row", [0, 1])
-def test_a_wrong_page_is_noticed(row: int, backend: str) -> None:
+def test_a_wrong_page_is_noticed(row: int, backend: Backend) -> None:
     spec = attention_case("tiny")
     batch = make_batch(
         spec, [(1, 40), (20, 60)], num_decode_rows=1, num_tokens=32, max_rows=2, poison=0.5
@@ -144,8 +131,8 @@ def test_a_wrong_page_is_noticed(row: int, backend: str) -> None:
     assert error(out, oracle(spec, batch)) > 1e-2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_new_tokens_are_in_the_cache_that_comes_back(backend: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_the_new_tokens_are_in_the_cache_that_comes_back(backend: Backend) -> None:
     spec = attention_case("tiny")
     batch = make_batch(spec, [(1, 12), (5, 9)], num_decode_rows=1, num_tokens=8, max_rows=2)
     _, kv_pages = run(batch, spec=spec, backend=backend)
@@ -161,13 +148,13 @@ def test_what_does_not_fit_is_named() -> None:
     batch = make_batch(spec, [(1, 4)], num_decode_rows=1, num_tokens=2, max_rows=1)
     bad = dataclasses.replace(batch, k=batch.k[:1], kv_pages=batch.kv_pages[:, :4])
     with pytest.raises(ValueError, match=r"k has shape \(1, 2, 8\), .* \(2, 2, 8\); kv_pages"):
-        run(bad, spec=spec, backend="xla")
+        run(bad, spec=spec, backend=XLA)
     with pytest.raises(ValueError, match="layer is 2, expected"):
         paged_attention(
-            batch.q, batch.k, batch.v, batch.kv_pages, batch.pages, 2, spec=spec, backend="xla"
+            batch.q, batch.k, batch.v, batch.kv_pages, batch.pages, 2, spec=spec, backend=XLA
         )
     with pytest.raises(BackendRefused, match="no kernel in this version"):
-        run(batch, spec=spec, backend="tpu")
+        run(batch, spec=spec, backend=Backend(name="tpu"))
 
 
 @pytest.mark.parametrize("looped", [True, False], ids=["scan", "unrolled"])
@@ -189,7 +176,7 @@ def test_the_cache_is_never_copied(num_tokens: int, looped: bool) -> None:
 
     def layer(pages: PageMetadata, x: Array, kv_pages: Array, index: int | Array):
         k, v = x[:, :3] / 2, x[:, 3:6] / 3
-        return paged_attention(x, k, v, kv_pages, pages, index, spec=spec, backend="xla")
+        return paged_attention(x, k, v, kv_pages, pages, index, spec=spec, backend=XLA)
 
     def step(kv_pages: Array, x: Array, pages: PageMetadata) -> tuple[Array, Array]:
         if looped:
@@ -211,7 +198,50 @@ def test_on_tpu_the_cache_is_not_viewed_flat() -> None:
     spec = attention_case("smollm2-135m")
     batch = make_batch(spec, [(1, 9), (5, 20)], num_decode_rows=1, num_tokens=8, max_rows=2)
     flat = f"tensor<{batch.kv_pages.shape[0] * 16 * 3}x128xf32>"
-    traced = run.trace(dataclasses.replace(batch, histories=[]), spec=spec, backend="xla")
+    traced = run.trace(dataclasses.replace(batch, histories=[]), spec=spec, backend=XLA)
     for platform, is_flat in {"tpu": False, "cpu": True, "cuda": True}.items():
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert (flat in text) == is_flat, platform
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-latent"])
+def test_scales_bring_a_quantized_cache_to_the_values_range(name: str, dtype: str) -> None:
+    """A cache whose keys and values need scales to fit, beside one in float32."""
+    exact = attention_case(name)
+    spec = dataclasses.replace(exact, kv=dataclasses.replace(exact.kv, dtype=dtype))
+    rows = [(1, 1), (12, 12)]
+    batch = make_batch(exact, rows, num_decode_rows=1, num_tokens=16, max_rows=2)
+    magnitude = jnp.asarray([0.01, 30.0, 0.5, 7.0][: spec.kv.num_scales], jnp.float32)
+    keys = magnitude[0::2] if batch.v is not None else magnitude
+    values = None if batch.v is None else batch.v * magnitude[1::2, None]
+    batch = dataclasses.replace(batch, k=batch.k * keys[:, None], v=values, histories=[])
+    cache = kv_pages_shape(spec.kv, 2, batch.pages.num_pages, backend=XLA)
+    scales = 4 * magnitude / float(saturate(jnp.inf + jnp.zeros(1), dtype)[0])
+    outs = []
+    for each, kv_scales in ((exact, None), (spec, scales)):
+        pages = batch.kv_pages if each is exact else jnp.zeros(cache.shape, cache.dtype)
+        out, _ = paged_attention(
+            batch.q,
+            batch.k,
+            batch.v,
+            pages,
+            batch.pages,
+            batch.layer,
+            spec=each,
+            backend=XLA,
+            kv_scales=kv_scales,
+        )
+        outs.append(out)
+    assert error(outs[1], np.asarray(outs[0], np.float64)) < 0.06
+
+
+def test_what_is_given_must_be_what_the_layer_has() -> None:
+    spec = attention_case("tiny-sinks")
+    batch = make_batch(spec, [(1, 4)], num_decode_rows=1, num_tokens=2, max_rows=1)
+    with pytest.raises(ValueError, match="sinks is missing"):
+        run(dataclasses.replace(batch, sinks=None), spec=spec, backend=XLA)
+    with pytest.raises(ValueError, match="v is missing"):
+        run(dataclasses.replace(batch, v=None), spec=spec, backend=XLA)
+    with pytest.raises(ValueError, match="sinks is given, but spec has none"):
+        run(batch, spec=dataclasses.replace(spec, sinks=False), backend=XLA)

@@ -2,31 +2,54 @@
 
 import pytest
 
-from pallas_kernels.backend import BackendRefused, choose_backend, why_not
+from pallas_kernels.backend import Backend, BackendRefused, choose_backend, why_not
 from pallas_kernels.cases import CASES, attention_case
-
-CPU = {"platform": "cpu", "device_kind": "cpu"}
+from pallas_kernels.chips import CPU, Chip
+from pallas_kernels.types import AttentionSpec, KVSpec
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_auto_takes_xla_on_a_cpu_and_says_why_not_the_others(name: str) -> None:
-    backend, reasons = choose_backend("auto", attention_case(name), **CPU)
-    assert backend == "xla"
+    backend, reasons = choose_backend("auto", attention_case(name), chip=CPU)
+    assert backend == Backend(name="xla", chip=CPU)
     assert list(reasons) == ["tpu", "gpu"]
     assert "needs a TPU" in reasons["tpu"]
 
 
 def test_a_chip_without_a_kernel_gets_an_honest_reason() -> None:
-    reason = why_not("gpu", attention_case("tiny"), platform="gpu", device_kind="NVIDIA H200")
-    assert reason == "no kernel in this version"
+    chip = Chip(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+    assert why_not("gpu", attention_case("tiny"), chip=chip) == "no kernel in this version"
 
 
 def test_a_named_backend_that_refuses_is_an_error_with_its_reason() -> None:
     with pytest.raises(BackendRefused, match="'gpu': it needs a GPU, this is cpu"):
-        choose_backend("gpu", attention_case("tiny"), **CPU)
+        choose_backend("gpu", attention_case("tiny"), chip=CPU)
     with pytest.raises(BackendRefused, match="no attention backend 'cuda'"):
-        choose_backend("cuda", attention_case("tiny"), **CPU)
+        choose_backend("cuda", attention_case("tiny"), chip=CPU)
 
 
 def test_reference_runs_only_when_it_is_named() -> None:
-    assert choose_backend("reference", attention_case("tiny"), **CPU) == ("reference", {})
+    backend, reasons = choose_backend("reference", attention_case("tiny"), chip=CPU)
+    assert (backend.name, reasons) == ("reference", {})
+
+
+def test_a_latent_cache_must_be_one_row_a_token() -> None:
+    kv = KVSpec(
+        num_kv_heads=2, head_dim=64, page_size=16, dtype="float32", kind="latent", value_dim=32
+    )
+    reason = why_not("xla", AttentionSpec(kv=kv, num_heads=4, scale=1.0), chip=CPU)
+    assert reason is not None
+    assert "one kv head" in reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "generation"), [("TPU v5 lite", "v5e"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x")]
+)
+def test_a_tpu_is_known_by_jax_s_name(kind: str, generation: str) -> None:
+    chip = Chip(platform="tpu", kind=kind)
+    assert (chip.tpu_generation, chip.sm) == (generation, None)
+
+
+def test_a_gpu_is_known_by_its_compute_capability() -> None:
+    assert Chip(platform="gpu", kind="NVIDIA L4", compute_capability="8.9").sm == 89
+    assert Chip(platform="gpu", kind="NVIDIA B200", compute_capability="10.0").sm == 100
