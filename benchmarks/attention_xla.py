@@ -14,7 +14,6 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -25,27 +24,13 @@ from pallas_kernels.attention import paged_attention
 from pallas_kernels.backend import XLA
 from pallas_kernels.cases import CASES, attention_case
 from pallas_kernels.kv_write import kv_pages_shape
+from pallas_kernels.ragged import RaggedShape, scatter_pages
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 NUM_LAYERS = 6
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A ragged batch: each row's (query tokens, kv tokens), decode rows first."""
-
-    rows: list[tuple[int, int]]
-    num_tokens: int  # T
-    max_rows: int  # B
-    table_pages: int = 64  # P
-    shared_tokens: int = 0  # a prefix all rows share
-
-    @property
-    def num_decode_rows(self) -> int:
-        return sum(num_queries == 1 for num_queries, _ in self.rows)
-
-
-def shapes() -> dict[str, Shape]:
+def shapes() -> dict[str, RaggedShape]:
     """The batches a small model's server sees on a CPU."""
     rng = np.random.default_rng(0)
 
@@ -54,54 +39,22 @@ def shapes() -> dict[str, Shape]:
 
     chunks = [(16, 16), (64, 64), (64, 320), (128, 128), (192, 256)]
     return {
-        "decode 64": Shape(rows=decode(64, 100, 380), num_tokens=64, max_rows=64),
-        "decode 8": Shape(rows=decode(8, 100, 380), num_tokens=8, max_rows=8),
-        "decode 1": Shape(rows=[(1, 192)], num_tokens=1, max_rows=1),
-        "decode 1, long": Shape(rows=[(1, 4000)], num_tokens=1, max_rows=1, table_pages=256),
-        "mixed 512": Shape(rows=decode(20, 100, 380) + chunks, num_tokens=512, max_rows=64),
-        "prefill 32 x 32 of 544": Shape(
+        "decode 64": RaggedShape(rows=decode(64, 100, 380), num_tokens=64, max_rows=64),
+        "decode 8": RaggedShape(rows=decode(8, 100, 380), num_tokens=8, max_rows=8),
+        "decode 1": RaggedShape(rows=[(1, 192)], num_tokens=1, max_rows=1),
+        "decode 1, long": RaggedShape(rows=[(1, 4000)], num_tokens=1, max_rows=1, table_pages=256),
+        "mixed 512": RaggedShape(rows=decode(20, 100, 380) + chunks, num_tokens=512, max_rows=64),
+        "prefill 32 x 32 of 544": RaggedShape(
             rows=[(32, 544)] * 32, num_tokens=1024, max_rows=64, shared_tokens=512
         ),
-        "prefill 512": Shape(rows=[(512, 512)], num_tokens=512, max_rows=64),
+        "prefill 512": RaggedShape(rows=[(512, 512)], num_tokens=512, max_rows=64),
     }
 
 
-def page_metadata(spec: AttentionSpec, shape: Shape) -> PageMetadata:
-    """Shuffled pages for the rows of a shape, the shared prefix on the same ones."""
-    rng = np.random.default_rng(1)
-    size = spec.kv.page_size
-    shared = shape.shared_tokens // size
-    own = [-(-kv_len // size) - shared for _, kv_len in shape.rows]
-    num_pages = 1 + shared + sum(own)
-    free = list(rng.permutation(np.arange(1, num_pages)).astype(np.int32))
-    prefix = [free.pop() for _ in range(shared)]
-    table = np.zeros((shape.max_rows, shape.table_pages), np.int32)
-    slots = np.zeros(shape.num_tokens, np.int32)
-    kv_lens = np.zeros(shape.max_rows, np.int32)
-    num_queries = np.zeros(shape.max_rows, np.int32)
-    token = 0
-    for row, (queries, kv_len) in enumerate(shape.rows):
-        ids = np.array(prefix + [free.pop() for _ in range(own[row])], np.int32)
-        table[row, : len(ids)] = ids
-        positions = np.arange(kv_len - queries, kv_len)
-        slots[token : token + queries] = ids[positions // size] * size + positions % size
-        kv_lens[row], num_queries[row] = kv_len, queries
-        token += queries
-    return PageMetadata(
-        page_table=jnp.asarray(table),
-        slots=jnp.asarray(slots),
-        kv_lens=jnp.asarray(kv_lens),
-        query_starts=jnp.asarray(np.concatenate([[0], np.cumsum(num_queries)]), jnp.int32),
-        num_rows=jnp.int32(len(shape.rows)),
-        num_decode_rows=jnp.int32(shape.num_decode_rows),
-        num_pages=num_pages,
-    )
-
-
-def paged_step(spec: AttentionSpec, shape: Shape) -> Callable[[], Array]:
+def paged_step(spec: AttentionSpec, shape: RaggedShape) -> Callable[[], Array]:
     """A call that attends in NUM_LAYERS layers, the cache donated and carried."""
     rng = np.random.default_rng(2)
-    pages = page_metadata(spec, shape)
+    pages, _ = scatter_pages(shape, page_size=spec.kv.page_size)
     cache_shape = kv_pages_shape(spec.kv, NUM_LAYERS, pages.num_pages, backend=XLA)
     kv_pages = jnp.asarray(rng.standard_normal(cache_shape.shape, np.float32), cache_shape.dtype)
     q, k, v = (
@@ -127,7 +80,7 @@ def paged_step(spec: AttentionSpec, shape: Shape) -> Callable[[], Array]:
     return call
 
 
-def dense_step(spec: AttentionSpec, shape: Shape) -> Callable[[], Array]:
+def dense_step(spec: AttentionSpec, shape: RaggedShape) -> Callable[[], Array]:
     """A call that attends in NUM_LAYERS layers to contiguous keys and values [B, K, S, H]."""
     rng = np.random.default_rng(3)
     heads, head_dim, dtype = spec.kv.num_kv_heads, spec.kv.head_dim, spec.kv.dtype

@@ -1,0 +1,42 @@
+"""The check that a kernel must pass where it is first used."""
+
+import jax.numpy as jnp
+import pytest
+from jax import Array
+
+from pallas_kernels import attention
+from pallas_kernels.attention_reference import attend_reference
+from pallas_kernels.backend import REFERENCE
+from pallas_kernels.cases import attention_case
+from pallas_kernels.self_check import TOLERANCE, self_check
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "stored"),
+    [
+        ("tiny-sinks", "float32", "float32"),
+        ("tiny-latent", "bfloat16", "int8"),
+    ],
+)
+def test_a_right_implementation_passes(name: str, dtype: str, stored: str) -> None:
+    spec = attention_case(name, dtype=stored)
+    assert self_check(spec, REFERENCE, dtype=dtype) < TOLERANCE[dtype]
+
+
+def _next_page(q, kv_pages, pages, layer, **named) -> Array:
+    return attend_reference(q, jnp.roll(kv_pages, 1, axis=0), pages, layer, **named)
+
+
+def _padding_not_zero(*args, **named) -> Array:
+    return jnp.where(attend_reference(*args, **named) == 0, 1.0, 0.5)
+
+
+def _not_finite(*args, **named) -> Array:
+    return attend_reference(*args, **named).at[0, 0, 0].set(jnp.nan)
+
+
+@pytest.mark.parametrize("wrong", [_next_page, _padding_not_zero, _not_finite])
+def test_a_wrong_one_does_not(wrong, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(attention._ATTEND, "reference", wrong)
+    spec = attention_case("tiny-sinks")
+    assert not self_check(spec, REFERENCE, dtype="float32") < 0.1
