@@ -9,7 +9,16 @@ from jaxserve.errors import ConfigError
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
-ATTENTION_BACKENDS = ("auto", "xla", "tpu", "gpu", "reference")
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+ATTENTION_BACKENDS = (
+    "auto",
+    "xla",
+    "tpu",
+    "gpu",
+    "reference",  # and with these, for debugging kernels on any machine, slowly:
+    "tpu-interpret",
+    "gpu-interpret",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +39,7 @@ class EngineConfig:
     chat_template: str | None = None  # a file, or the template itself
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"  # as dtype; fp8 is fp8_e4m3, stored unscaled
     max_model_len: int | None = None  # tokens, prompt and output together
     max_num_seqs: int | None = None  # rows
     max_num_batched_tokens: int | None = None  # tokens a step
@@ -42,7 +52,7 @@ class EngineConfig:
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     async_scheduling: bool = True  # one step in flight ahead of the host
     max_num_queued_reqs: int | None = None
-    attention_backend: Literal["auto", "xla", "tpu", "gpu", "reference"] = "auto"
+    attention_backend: str = "auto"  # one of ATTENTION_BACKENDS
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     enforce_eager: bool = False  # accepted; XLA always compiles
     max_logprobs: int = 20  # -1: the whole vocabulary
@@ -69,6 +79,7 @@ def _problems(c: EngineConfig) -> Iterator[str]:
     for name, allowed in (
         ("dtype", DTYPES),
         ("load_format", LOAD_FORMATS),
+        ("kv_cache_dtype", KV_CACHE_DTYPES),
         ("attention_backend", ATTENTION_BACKENDS),
         ("scheduling_policy", ("fcfs", "priority")),
         ("layer_loop", ("auto", "scan", "unroll")),

@@ -18,9 +18,23 @@ class Backend:
     chip: Chip = CPU
     interpret: bool = False  # run a kernel of `chip` in Pallas' interpreter: slow, on any machine
 
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it runs a compiled Pallas kernel."""
+        return self.name in ("tpu", "gpu") and not self.interpret
+
 
 XLA = Backend(name="xla")
 REFERENCE = Backend(name="reference")
+# By name only, on any machine: to debug a kernel without its chip.
+INTERPRETED = {
+    "tpu-interpret": Backend(name="tpu", chip=Chip(platform="tpu", kind="TPU v6e"), interpret=True),
+    "gpu-interpret": Backend(
+        name="gpu",
+        chip=Chip(platform="gpu", kind="NVIDIA H100", compute_capability="9.0"),
+        interpret=True,
+    ),
+}
 
 
 class BackendRefused(ValueError):
@@ -33,7 +47,8 @@ def why_not(name: str, spec: AttentionSpec, *, chip: Chip) -> str | None:
     Raises BackendRefused for a name that is no backend's.
     """
     if name not in BACKENDS:
-        raise BackendRefused(f"no attention backend {name!r}: choose one of {BACKENDS}")
+        allowed = ", ".join((*BACKENDS, *INTERPRETED))
+        raise BackendRefused(f"no attention backend {name!r}: choose one of {allowed}")
     kv = spec.kv
     if kv.num_kv_heads < 1 or spec.num_heads % kv.num_kv_heads:
         return f"{spec.num_heads} query heads are not a multiple of {kv.num_kv_heads} kv heads"
@@ -56,14 +71,20 @@ def choose_backend(
 ) -> tuple[Backend, dict[str, str]]:
     """The backend to use, and why each one passed over refused.
 
-    `requested` is "auto" or a backend's name; "reference" runs only when it is named.
+    `requested` is "auto" or a backend's name. "reference" and the interpreted kernels,
+    "tpu-interpret" and "gpu-interpret", run only when they are named.
     Raises BackendRefused if the named backend, or every one auto considers, cannot run.
     """
     reasons: dict[str, str] = {}
     for name in AUTO_ORDER if requested == "auto" else (requested,):
-        reason = why_not(name, spec, chip=chip)
+        backend = INTERPRETED.get(name)
+        if backend is None:
+            reason = why_not(name, spec, chip=chip)
+            backend = Backend(name=name, chip=chip)  # pyright: ignore[reportArgumentType]
+        else:
+            reason = why_not(backend.name, spec, chip=backend.chip)
         if reason is None:
-            return Backend(name=name, chip=chip), reasons  # pyright: ignore[reportArgumentType]
+            return backend, reasons
         reasons[name] = reason
     told = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
     raise BackendRefused(f"attention backend refused: {told}")

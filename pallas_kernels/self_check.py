@@ -9,13 +9,32 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels.attention import paged_attention
-from pallas_kernels.backend import XLA, Backend
+from pallas_kernels.backend import XLA, Backend, BackendRefused
 from pallas_kernels.kv_write import kv_pages_shape, write_kv
 from pallas_kernels.ragged import RaggedShape, scatter_pages
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}  # by q's type
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}
 _LAYERS, _LAYER = 2, 1
+
+
+def verify(
+    spec: AttentionSpec, backend: Backend, *, dtype: jax.typing.DTypeLike, seed: int = 0
+) -> float:
+    """`self_check`, which must pass: raises BackendRefused where the kernel is wrong."""
+    found, allowed = self_check(spec, backend, dtype=dtype, seed=seed), tolerance(dtype)
+    if found <= allowed:
+        return found
+    raise BackendRefused(
+        f"attention backend {backend.name!r} is wrong on this {backend.chip}: it differs from "
+        f"'xla' by {found:.2g} of the result, more than the {allowed:g} that rounding explains. "
+        "Use the backend xla, and please report this"
+    )
+
+
+def tolerance(dtype: jax.typing.DTypeLike) -> float:
+    """The most that a right kernel differs, by q's type."""
+    return TOLERANCE[jnp.dtype(dtype).name]
 
 
 def self_check(
@@ -25,7 +44,7 @@ def self_check(
 
     Decode rows, a chunk with history, a whole prompt, page borders, an empty row and unused rows;
     pages that no row owns hold NaN. `dtype` is that of q, k and v. Infinity if a value is not
-    finite or padding is not zero. A right kernel stays below `TOLERANCE[dtype]`.
+    finite or padding is not zero.
     """
     size = spec.kv.page_size
     shape = RaggedShape(

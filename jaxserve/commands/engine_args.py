@@ -9,7 +9,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from jaxserve.commands.parser import UsageError, number, whole_number
-from jaxserve.config import ATTENTION_BACKENDS, DTYPES, EngineConfig
+from jaxserve.config import ATTENTION_BACKENDS, DTYPES, KV_CACHE_DTYPES, EngineConfig
 
 # What each field means. Fields without a line here still get a flag.
 HELP = {
@@ -25,6 +25,8 @@ HELP = {
     "load_format": "which weights to load; dummy: random ones",
     "dtype": f"type of weights and activations: {', '.join(DTYPES)}. auto is float32 on the CPU, "
     "and else the model's own",
+    "kv_cache_dtype": f"type of stored keys and values: {', '.join(KV_CACHE_DTYPES)}. auto is "
+    "dtype; fp8 halves the cache and is less exact",
     "max_model_len": "tokens of a request, prompt and output together; 1k is 1000, 1K is 1024 "
     "(default: the model's limit)",
     "max_num_seqs": "sequences that run at once (default: by device)",

@@ -39,7 +39,6 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "enable_prompt_embeds": (False,),
     "enable_sleep_mode": (False,),
     "hf_config_path": (None,),
-    "kv_cache_dtype": ("auto",),
     "kv_offloading_size": (None,),
     "kv_transfer_config": (None,),
     "logits_processors": (None, []),

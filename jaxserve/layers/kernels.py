@@ -8,6 +8,7 @@ from pallas_kernels.attention import paged_attention
 from pallas_kernels.backend import XLA, Backend, choose_backend
 from pallas_kernels.chips import Chip
 from pallas_kernels.kv_write import kv_pages_shape
+from pallas_kernels.self_check import verify
 from pallas_kernels.types import AttentionSpec, KVSpec, PageMetadata
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PageMetadata",
     "choose_backend",
     "kv_pages_shape",
+    "verify",
 ]
 
 

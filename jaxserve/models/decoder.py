@@ -67,13 +67,12 @@ class Decoder(nnx.Module):
         self,
         spec: DecoderSpec,
         *,
-        page_size: int,
+        attention: AttentionSpec,
         kernels: Kernels,
         dtype: jax.typing.DTypeLike,
         scan_layers: bool,
     ) -> None:
         def make_layer() -> DecoderLayer:
-            attention = spec.attention(page_size=page_size, dtype=dtype)
             return DecoderLayer(spec, attention=attention, kernels=kernels, dtype=dtype)
 
         self.spec = spec

@@ -29,6 +29,7 @@ class DecoderSpec:
     mlp_bias: bool = False
 
     def attention(self, *, page_size: int, dtype: jax.typing.DTypeLike) -> AttentionSpec:
+        """The attention of a layer whose cache stores `dtype`."""
         kv = KVSpec(
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,

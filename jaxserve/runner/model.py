@@ -48,11 +48,13 @@ def split_model(
     kernels: Kernels,
     dtype: jax.typing.DTypeLike,
     scan_layers: bool,
+    kv_dtype: jax.typing.DTypeLike | None = None,
 ) -> SplitModel:
-    """Builds a decoder abstractly: no array is made."""
+    """Builds a decoder abstractly: no array is made. `kv_dtype` None stores `dtype`."""
+    attention = spec.attention(page_size=page_size, dtype=kv_dtype or dtype)
     model = nnx.eval_shape(
         lambda: Decoder(
-            spec, page_size=page_size, kernels=kernels, dtype=dtype, scan_layers=scan_layers
+            spec, attention=attention, kernels=kernels, dtype=dtype, scan_layers=scan_layers
         )
     )
     graph, state = nnx.split(model)

@@ -12,7 +12,7 @@ from jax import Array
 from jaxserve.checkpoint import Checkpoint
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
-from jaxserve.layers.kernels import Chip, Kernels, choose_backend, kv_pages_shape
+from jaxserve.layers.kernels import Chip, Kernels, choose_backend, kv_pages_shape, verify
 from jaxserve.models import registry
 from jaxserve.request import Request
 from jaxserve.runner import compile_cache, device, kv_cache
@@ -60,13 +60,15 @@ class Runner:
             config, self.spec, self.device, model_dtype=_dtype_name(checkpoint.config)
         )
         s = self.settings
-        attention = self.spec.attention(page_size=s.page_size, dtype=s.dtype)
+        attention = self.spec.attention(page_size=s.page_size, dtype=s.kv_dtype)
         try:
             self.attention_backend, self.attention_reasons = choose_backend(
                 config.attention_backend,
                 attention,
                 chip=Chip.of(self.device.device),
             )
+            if self.attention_backend.is_kernel:
+                verify(attention, self.attention_backend, dtype=s.dtype)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self._model = split_model(
@@ -74,6 +76,7 @@ class Runner:
             page_size=s.page_size,
             kernels=Kernels(self.attention_backend),
             dtype=s.dtype,
+            kv_dtype=s.kv_dtype,
             scan_layers=s.scan_layers,
         )
         start = time.perf_counter()

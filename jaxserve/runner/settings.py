@@ -17,6 +17,12 @@ DTYPES = {
     "float": jnp.float32,
     "float32": jnp.float32,
 }
+KV_DTYPES = {
+    **DTYPES,
+    "fp8": jnp.float8_e4m3fn,
+    "fp8_e4m3": jnp.float8_e4m3fn,
+    "fp8_e5m2": jnp.float8_e5m2,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +30,7 @@ class Settings:
     """Resolved sizes. All in tokens, rows or bytes."""
 
     dtype: np.dtype
+    kv_dtype: np.dtype
     page_size: int
     max_model_len: int
     max_num_seqs: int
@@ -65,8 +72,11 @@ def resolve(
         )
     top = spec.vocab_size if config.max_logprobs == -1 else config.max_logprobs
     loop = config.layer_loop
+    dtype = _dtype(config.dtype, device, model_dtype)
+    kv_dtype = config.kv_cache_dtype
     return Settings(
-        dtype=_dtype(config.dtype, device, model_dtype),
+        dtype=dtype,
+        kv_dtype=dtype if kv_dtype == "auto" else jnp.dtype(KV_DTYPES[kv_dtype]),
         page_size=config.block_size or device.page_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,

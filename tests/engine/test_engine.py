@@ -210,6 +210,22 @@ def test_the_prefix_cache_can_be_reset(model: Path) -> None:
         collect(engine, [("busy", 0)])
 
 
+def test_an_fp8_cache_takes_a_quarter_of_a_float32_one_and_is_near_it(model: Path) -> None:
+    prompt = request("a", range(5, 60), max_tokens=1, logprobs=20, prompt_logprobs=0)
+    found = {}
+    for kv_cache_dtype in ("auto", "fp8", "fp8_e5m2", "bfloat16"):
+        with running(model, kv_cache_dtype=kv_cache_dtype) as engine:
+            answers, _ = answer(engine, [prompt])
+            scores = answers["a", 0].prompt_logprobs or ()
+            values = np.array([each.logprobs[0] for each in scores if each is not None])
+            found[kv_cache_dtype] = engine.runner.bytes_a_page, values
+    size, exact = found["auto"]
+    share = {name: size // other for name, (other, _) in found.items()}
+    assert share == {"auto": 1, "fp8": 4, "fp8_e5m2": 4, "bfloat16": 2}
+    distance = {name: np.abs(values - exact).mean() for name, (_, values) in found.items()}
+    assert 0 < distance["bfloat16"] < distance["fp8"] < distance["fp8_e5m2"] < 0.5
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

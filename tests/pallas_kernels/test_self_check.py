@@ -6,9 +6,9 @@ from jax import Array
 
 from pallas_kernels import attention
 from pallas_kernels.attention_reference import attend_reference
-from pallas_kernels.backend import REFERENCE
+from pallas_kernels.backend import REFERENCE, BackendRefused
 from pallas_kernels.cases import attention_case
-from pallas_kernels.self_check import TOLERANCE, self_check
+from pallas_kernels.self_check import self_check, tolerance, verify
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,9 @@ from pallas_kernels.self_check import TOLERANCE, self_check
 )
 def test_a_right_implementation_passes(name: str, dtype: str, stored: str) -> None:
     spec = attention_case(name, dtype=stored)
-    assert self_check(spec, REFERENCE, dtype=dtype) < TOLERANCE[dtype]
+    found = self_check(spec, REFERENCE, dtype=dtype)
+    assert found < tolerance(dtype)
+    assert verify(spec, REFERENCE, dtype=dtype) == found
 
 
 def _next_page(q, kv_pages, pages, layer, **named) -> Array:
@@ -39,4 +41,5 @@ def _not_finite(*args, **named) -> Array:
 def test_a_wrong_one_does_not(wrong, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(attention._ATTEND, "reference", wrong)
     spec = attention_case("tiny-sinks")
-    assert not self_check(spec, REFERENCE, dtype="float32") < 0.1
+    with pytest.raises(BackendRefused, match="'reference' is wrong on this cpu"):
+        verify(spec, REFERENCE, dtype="float32")
