@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,10 @@ class CompileFailed(RuntimeError):
         super().__init__(message)
         self.timed_out = timed_out
         self.crashed = crashed
+
+
+class Refused(CompileFailed):
+    """A backend refused the program; the message is its reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,7 @@ class Compiled:
     dumps: Path
     compile_s: float  # wall time of lowering and compiling; it says nothing of the program
     memory: Mapping[str, int]  # bytes: arguments, output, alias, temporaries
+    pallas_kernels: Sequence[str]  # names in the program of those that Pallas made
     notes: Mapping[str, Any]
 
 
@@ -100,7 +106,7 @@ def why_not(target: str) -> str | None:
     missing = [name for name in wanted if not any((p / name).exists() for p in places)]
     if not missing:
         return None
-    return f"{', '.join(missing)} not found: `make install` gets the compile packages"
+    return f"{', '.join(missing)} not found: `make compilers` installs them"
 
 
 def environment(dumps: Path) -> dict[str, str]:
@@ -127,6 +133,13 @@ def environment(dumps: Path) -> dict[str, str]:
     }
 
 
+def prepare_this_process() -> None:
+    """Lets this process compile itself, without dumps. Call it before the first import of jax."""
+    sys.path += packages_path()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # these two are read at that import
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
 @contextmanager
 def compiled(
     job: Job, *, time_limit_s: float = TIME_LIMIT_S, retries: int = 0
@@ -147,7 +160,10 @@ def compiled(
             except CompileFailed as failure:
                 if not attempts_left or not (failure.timed_out or failure.crashed):
                     raise
-        yield Compiled(job=job, dumps=dumps, **json.loads(result.read_text()))
+        figures = json.loads(result.read_text())
+        if "refused" in figures:
+            raise Refused(figures["refused"])
+        yield Compiled(job=job, dumps=dumps, **figures)
 
 
 def _run(job: Job, dumps: Path, result: Path, time_limit_s: float) -> None:
@@ -193,10 +209,14 @@ def build(job: Job) -> Program:
 
 
 def compile_here(job: Job) -> dict[str, Any]:
-    """Compiles a job in this process: seconds, XLA's memory figures and the program's notes."""
+    """Compiles a job in this process: what `Compiled` holds of it, or why it was refused."""
     from pallas_kernels.aot import target
+    from pallas_kernels.backend import BackendRefused
 
-    program = build(job)
+    try:
+        program = build(job)
+    except BackendRefused as refusal:
+        return {"refused": str(refusal)}
     start = time.perf_counter()
     executable = target(job.target).compile(
         program.fn,
@@ -212,7 +232,13 @@ def compile_here(job: Job) -> dict[str, Any]:
         "alias": stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
     }
-    return {"compile_s": took_s, "memory": memory, "notes": dict(program.notes)}
+    named = r"%(\S+) = [^\n]*custom_call_target=\"(?:tpu_custom_call|mosaic_gpu\S*)\""
+    return {
+        "compile_s": took_s,
+        "memory": memory,
+        "pallas_kernels": re.findall(named, executable.as_text() or ""),
+        "notes": dict(program.notes),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from benchmarks.compiling import Program
 from pallas_kernels.aot import Target
 from pallas_kernels.attention import paged_attention
-from pallas_kernels.backend import Backend
+from pallas_kernels.backend import Backend, BackendRefused, why_not
 from pallas_kernels.cases import attention_case
 from pallas_kernels.kv_write import kv_pages_shape
 from pallas_kernels.types import AttentionSpec, PageMetadata
@@ -37,10 +37,13 @@ def attention(
 ) -> Program:
     """Our paged attention, the write of the new tokens included, as a layer of the model calls it.
 
-    `backend` is the target's own unless it is named. The cache is donated.
+    `backend` is the target's own unless it is named. The cache is donated. Raises BackendRefused.
     """
     spec = attention_case(case, page_size=page_size or _page_size(target), dtype=kv_dtype)
     name: Any = backend or target.chip.platform
+    reason = why_not(name, spec, chip=target.chip)
+    if reason is not None:
+        raise BackendRefused(reason)
     chosen = Backend(name=name, chip=target.chip)
     num_tokens = num_tokens or num_rows
     pages = page_metadata(spec, num_rows=num_rows, num_tokens=num_tokens, context=context)

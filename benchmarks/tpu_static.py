@@ -133,9 +133,9 @@ class Kernel:
 def measure(
     job: Job, *, only: str = "", time_limit_s: float = TIME_LIMIT_S
 ) -> tuple[list[Kernel], dict[str, Any]]:
-    """The kernels of a job whose names match `only`, and the whole program's figures.
+    """The Pallas kernels of a job whose names match `only`, and the whole program's figures.
 
-    Compiles in a process of its own. Raises CompileFailed.
+    Compiles in a process of its own. Raises CompileFailed, and Refused if a backend refuses.
     """
     with compiled(job, time_limit_s=time_limit_s) as result:
         figures = {"compile_s": result.compile_s, "memory": result.memory, "notes": result.notes}
@@ -143,8 +143,9 @@ def measure(
 
 
 def read(result: Compiled) -> list[Kernel]:
-    """Every kernel and fusion in a compile's dumps that has a schedule."""
-    return parse(result.dumps, result.job.target)
+    """Every Pallas kernel in a compile's dumps; not XLA's own fusions."""
+    kernels = parse(result.dumps, result.job.target)
+    return [kernel for kernel in kernels if kernel.name in result.pallas_kernels]
 
 
 def parse(folder: Path, target: str) -> list[Kernel]:

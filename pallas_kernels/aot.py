@@ -163,6 +163,12 @@ GPUS = tuple(_GPUS)
 TARGETS = (*TPUS, *GPUS)
 
 
+def architecture(name: str) -> str:
+    """What ptxas calls a GPU target: "sm_90a". Raises KeyError for another."""
+    gpu = _GPUS[name]
+    return f"sm_{gpu.capability[0]}{gpu.capability[1]}{'a' if gpu.accelerated else ''}"
+
+
 class TargetUnavailable(RuntimeError):
     """The compiler for a target is not installed; the message says how to get it."""
 
