@@ -58,6 +58,7 @@ class Program:
     donate: tuple[int, ...] = ()
     compiler_options: Mapping[str, Any] | None = None
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # handed through, JSON
+    tiles: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)  # to try
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,12 @@ class Compiled:
     memory: Mapping[str, int]  # bytes: arguments, output, alias, temporaries
     pallas_kernels: Sequence[str]  # names in the program of those that Pallas made
     notes: Mapping[str, Any]
+    tiles: Mapping[str, Mapping[str, int]]  # that its kernels were given, by operation
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Those of the whole program, for a JSON file."""
+        return {name: getattr(self, name) for name in ("compile_s", "memory", "notes", "tiles")}
 
 
 def packages_path() -> list[str]:
@@ -210,6 +217,7 @@ def build(job: Job) -> Program:
 
 def compile_here(job: Job) -> dict[str, Any]:
     """Compiles a job in this process: what `Compiled` holds of it, or why it was refused."""
+    from pallas_kernels import tuning
     from pallas_kernels.aot import target
     from pallas_kernels.backend import BackendRefused
 
@@ -218,12 +226,13 @@ def compile_here(job: Job) -> dict[str, Any]:
     except BackendRefused as refusal:
         return {"refused": str(refusal)}
     start = time.perf_counter()
-    executable = target(job.target).compile(
-        program.fn,
-        *program.args,
-        donate=program.donate,
-        compiler_options=program.compiler_options,
-    )
+    with tuning.trying(program.tiles) as tiles:
+        executable = target(job.target).compile(
+            program.fn,
+            *program.args,
+            donate=program.donate,
+            compiler_options=program.compiler_options,
+        )
     took_s = time.perf_counter() - start
     stats: Any = executable.memory_analysis()
     memory = {
@@ -238,6 +247,7 @@ def compile_here(job: Job) -> dict[str, Any]:
         "memory": memory,
         "pallas_kernels": re.findall(named, executable.as_text() or ""),
         "notes": dict(program.notes),
+        "tiles": tiles,
     }
 
 
@@ -253,8 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.result.write_text(json.dumps(compile_here(job)))
         return
     with compiled(job) as outcome:
-        figures = {key: getattr(outcome, key) for key in ("compile_s", "memory", "notes")}
-    print(json.dumps(figures, indent=1))
+        print(json.dumps(outcome.figures, indent=1))
 
 
 if __name__ == "__main__":

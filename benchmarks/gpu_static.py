@@ -51,8 +51,7 @@ def measure(
     Compiles in a process of its own. Raises CompileFailed, and Refused if a backend refuses.
     """
     with compiled(job, time_limit_s=time_limit_s, retries=RETRIES) as result:
-        figures = {"compile_s": result.compile_s, "memory": result.memory, "notes": result.notes}
-        return [k for k in read(result) if re.search(only, k.name)], figures
+        return [k for k in read(result) if re.search(only, k.name)], result.figures
 
 
 def read(result: Compiled) -> list[Kernel]:

@@ -17,6 +17,7 @@ from pallas_kernels.attention import paged_attention
 from pallas_kernels.backend import Backend, BackendRefused, why_not
 from pallas_kernels.cases import attention_case
 from pallas_kernels.kv_write import kv_pages_shape
+from pallas_kernels.tuning import attention_key
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 PAGE_SIZE = {"tpu": 32, "gpu": 16}
@@ -34,10 +35,12 @@ def attention(
     dtype: str = "bfloat16",
     kv_dtype: str = "bfloat16",
     backend: str | None = None,
+    tiles: dict[str, dict[str, int]] | None = None,
 ) -> Program:
     """Our paged attention, the write of the new tokens included, as a layer of the model calls it.
 
-    `backend` is the target's own unless it is named. The cache is donated. Raises BackendRefused.
+    `backend` is the target's own unless it is named; `tiles` go before the tuned ones. The cache is
+    donated. Raises BackendRefused.
     """
     spec = attention_case(case, page_size=page_size or _page_size(target), dtype=kv_dtype)
     name: Any = backend or target.chip.platform
@@ -63,7 +66,12 @@ def attention(
         fn=call,
         args=(q, k, v, kv_pages, pages, layer, sinks, scales),
         donate=(3,),
-        notes={"kv_token_bytes": kv_token_bytes(spec)},
+        notes={
+            "kv_token_bytes": kv_token_bytes(spec),
+            "key": attention_key(spec),
+            "chip": target.chip.kind,
+        },
+        tiles=tiles or {},
     )
 
 

@@ -95,7 +95,10 @@ class Loop(Span):
 
     depth: int  # 0: no loop around it
     self_cycles: int  # without its inner loops
-    branches: tuple[tuple[int, int], ...]  # spans of its larger predicated regions
+    # A kernel's common path: without inner loops that do matrix work, nor the branches they are in.
+    # An inner loop that only issues copies counts once.
+    straight_cycles: int
+    straight_matmuls: int  # MATMUL slots used on it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,7 @@ class Kernel:
     num_bundles: int  # instructions emitted: fewer than cycles, empty ones are folded
     vmem_bytes: int
     smem_bytes: int
+    scratch: tuple[tuple[tuple[int, ...], int], ...]  # of scratch in VMEM: (shape, bytes)
 
     @property
     def num_fills(self) -> int:
@@ -120,10 +124,16 @@ class Kernel:
         """Stores of spilled vector registers in the program's text."""
         return self.whole.used["SPILL"]
 
-    def innermost(self, *, num_loops: int = 1) -> list[Loop]:
-        """The longest loops that hold no other."""
-        leaves = [loop for loop in self.loops if loop.self_cycles == loop.cycles]
-        return sorted(leaves, key=lambda loop: -loop.cycles)[:num_loops]
+    @property
+    def block_loop(self) -> Loop | None:
+        """The loop over blocks of KV: that with the most matrix work on its common path."""
+        return max(self.loops, key=lambda loop: loop.straight_matmuls, default=None)
+
+    @property
+    def block_bytes(self) -> int | None:
+        """Bytes of a block of KV, padding included: one slot of the largest scratch buffer."""
+        shape, size = max(self.scratch, key=lambda buffer: buffer[1], default=((), 0))
+        return size // shape[0] if shape else None
 
     def record(self) -> dict[str, Any]:
         """All of it, for a JSON file."""
@@ -138,8 +148,7 @@ def measure(
     Compiles in a process of its own. Raises CompileFailed, and Refused if a backend refuses.
     """
     with compiled(job, time_limit_s=time_limit_s) as result:
-        figures = {"compile_s": result.compile_s, "memory": result.memory, "notes": result.notes}
-        return [k for k in read(result) if re.search(only, k.name)], figures
+        return [k for k in read(result) if re.search(only, k.name)], result.figures
 
 
 def read(result: Compiled) -> list[Kernel]:
@@ -192,7 +201,7 @@ def _kernel(
     bundles = _bundles(packed)
     if abs(len(bundles) - len(used)) > 1:  # one of each a cycle
         raise ValueError(f"{name}: {len(bundles)} bundles, but {len(used)} rows of utilization")
-    regions, memory = _tree(tree)
+    regions, memory, scratch = _tree(tree)
 
     def span(start: int, end: int) -> dict[str, Any]:
         total = used[start:end].sum(axis=0)
@@ -218,31 +227,39 @@ def _kernel(
             count += region.kind == "loop_body"
         return count
 
-    bodies = {key: region for key, region in regions.items() if region.kind == "loop_body"}
+    bodies = [region for region in regions.values() if region.kind == "loop_body"]
     loops = []
-    for key, body in sorted(bodies.items(), key=lambda item: (item[1].start, -item[1].end)):
+    for body in sorted(bodies, key=lambda region: (region.start, -region.end)):
         level = depth(body)
-        inner = sum(
-            other.end - other.start
-            for other in bodies.values()
-            if other is not body
-            and body.start <= other.start
-            and other.end <= body.end
-            and depth(other) == level + 1
-        )
-        branches = [
-            (region.start, region.end)
+        inner = [
+            other
+            for other in bodies
+            if other is not body and body.start <= other.start and other.end <= body.end
+        ]
+        nested = sum(each.end - each.start for each in inner if depth(each) == level + 1)
+        working = [
+            each for each in inner if used[each.start : each.end, SLOTS.index("MATMUL")].any()
+        ]
+        rare = [
+            region
             for region in regions.values()
             if region.kind == "pred_region"
-            and region.parent == key
-            and region.end - region.start > 16
+            and body.start <= region.start
+            and region.end <= body.end
+            and any(region.start <= each.start and each.end <= region.end for each in working)
         ]
+        straight = np.ones(body.end - body.start, bool)
+        for region in [*working, *rare]:
+            straight[region.start - body.start : region.end - body.start] = False
         loops.append(
             Loop(
                 **span(body.start, body.end),
                 depth=level,
-                self_cycles=body.end - body.start - inner,
-                branches=tuple(branches),
+                self_cycles=body.end - body.start - nested,
+                straight_cycles=int(straight.sum()),
+                straight_matmuls=int(
+                    used[body.start : body.end][straight, SLOTS.index("MATMUL")].sum()
+                ),
             )
         )
     return Kernel(
@@ -253,6 +270,7 @@ def _kernel(
         num_bundles=len(_bundles(final)),
         vmem_bytes=memory.get("vmem", 0),
         smem_bytes=memory.get("smem", 0),
+        scratch=tuple(scratch),
     )
 
 
@@ -274,9 +292,12 @@ def _bundles(path: Path) -> list[str]:
         return [line for line in file if start.match(line[:40])]
 
 
-def _tree(path: Path) -> tuple[dict[int, _Region], dict[str, int]]:
-    """The regions by number, and the bytes allocated of each memory space."""
+def _tree(
+    path: Path,
+) -> tuple[dict[int, _Region], dict[str, int], list[tuple[tuple[int, ...], int]]]:
+    """Regions by number, bytes allocated of each memory space, shapes and bytes of VMEM scratch."""
     regions: dict[int, _Region] = {}
+    scratch: dict[str, tuple[tuple[int, ...], int]] = {}
     allocated: dict[str, tuple[str, int]] = {}
     current = None
     with path.open(errors="replace") as file:
@@ -290,13 +311,17 @@ def _tree(path: Path) -> tuple[dict[int, _Region], dict[str, int]]:
             elif current and (found := re.search(r"region range: \[(\d+), (\d+)\)", head)):
                 current.start, current.end = int(found[1]), int(found[2])
             elif found := re.match(
-                r" *#(allocation\w+) \[.*?space=(\w+), size = (0x[0-9a-f]+|\d+)", head
+                r" *#(allocation\w+) \[shape = '\w+\[([\d,]*)\].*?space=(\w+), size = (\w+)", head
             ):
-                allocated[found[1]] = found[2], int(found[3], 0)
+                size = int(found[4], 0)
+                allocated[found[1]] = found[3], size
+                if found[3] == "vmem" and "scratch operand" in head:
+                    shape = tuple(int(n) for n in found[2].split(",") if n)
+                    scratch[found[1]] = shape, size
     total: dict[str, int] = {}
     for space, size in allocated.values():
         total[space] = total.get(space, 0) + size
-    return regions, total
+    return regions, total, list(scratch.values())
 
 
 def show(kernels: Sequence[Kernel], *, min_cycles: int = 64) -> None:
@@ -309,7 +334,7 @@ def show(kernels: Sequence[Kernel], *, min_cycles: int = 64) -> None:
             f"{kernel.smem_bytes / 1024:.1f} KiB"
         )
         shown = [slot for slot in SLOTS if slot not in ("FILL", "SPILL")]
-        columns = ["loop", "cycles", "self", *[f"{s} %" for s in shown]]
+        columns = ["loop", "cycles", "self", "straight", *[f"{s} %" for s in shown]]
         columns += ["fills", "spills", "DMAs in", "out", "waits"]
         rows = []
         for loop in kernel.loops:
@@ -320,6 +345,7 @@ def show(kernels: Sequence[Kernel], *, min_cycles: int = 64) -> None:
                     f"{'  ' * loop.depth}{loop.start}..{loop.end}",
                     loop.cycles,
                     loop.self_cycles,
+                    loop.straight_cycles,
                     *[100 * loop.use[slot] for slot in shown],
                     loop.used["FILL"],
                     loop.used["SPILL"],

@@ -34,8 +34,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.chips import Chip
 
-# libtpu asks a metadata server who it is unless it is told; any accelerator type will do.
+# libtpu asks a metadata server who it is unless it is told; any accelerator type will do. Nor does it
+# want to be loaded by two processes at a time, which is about devices that are not there.
 QUIET = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -238,7 +240,7 @@ def target(name: str) -> Target:
             )
     except (NotImplementedError, RuntimeError) as error:
         raise TargetUnavailable(
-            f"cannot compile for {name}: {error}. It needs the packages of the extra `compile`, "
+            f"cannot compile for {name} ({error}). It needs the packages of the extra `compile`, "
             "and JAX_PLATFORMS=cpu where there is no such device"
         ) from error
     device = topology.devices[0]
