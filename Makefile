@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit bench lock install clean
+.PHONY: help demo test lint unit bench lock install compilers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,20 +22,26 @@ lint: install  ## format, lint and types only
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-unit: install  ## tests only; JOBS=n processes, ARGS="--slow -k name" for pytest
+unit: install compilers  ## tests only; JOBS=n processes, ARGS="--slow -k name" for pytest
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 bench: install  ## throughput and latency of the demo model on this machine
 	$(BIN)/jaxserve bench throughput --model demo
 	$(BIN)/jaxserve bench latency --model demo
 
-lock: install  ## resolve requirements.lock again; ARGS=--upgrade for the newest versions
+lock: install  ## resolve both locks again; ARGS=--upgrade for the newest versions
 	@$(PIP) install uv
 	@index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
-	$(BIN)/uv pip compile pyproject.toml --extra demo --extra dev --extra bench \
-	    --universal --python-version 3.12 --generate-hashes --no-annotate \
-	    --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
-	    --quiet --output-file requirements.lock $${index:+--default-index "$$index"} $(ARGS)
+	resolve() { \
+	    $(BIN)/uv pip compile "$$@" --universal --python-version 3.12 --generate-hashes \
+	        --no-annotate --no-emit-index-url --no-emit-find-links --quiet \
+	        --custom-compile-command "make lock" $${index:+--default-index "$$index"} $(ARGS); \
+	}; \
+	resolve pyproject.toml --extra demo --extra dev --extra bench --output-file requirements.lock && \
+	$(BIN)/python -c "import tomllib; \
+	    project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	    print(*project['optional-dependencies']['compile'], sep='\n')" | \
+	resolve - --output-file requirements-compile.lock
 
 install: $(VENV)/.installed  ## the virtual environment alone
 
@@ -47,6 +53,16 @@ $(VENV)/.locked: requirements.lock
 
 $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+compilers: $(VENV)/.compilers  ## compilers for TPUs and GPUs, which need no device
+
+# In a folder of their own: in the environment they would make every start of JAX look for the
+# devices they drive, and complain. benchmarks/compiling.py puts it on the path of a process.
+$(VENV)/.compilers: requirements-compile.lock $(VENV)/.locked
+	@echo "Installing compilers for TPUs and GPUs into $(VENV)/compile (once; a minute or two) ..."
+	@rm -rf $(VENV)/compile
+	@$(PIP) install --require-hashes --no-deps --target $(VENV)/compile -r requirements-compile.lock
 	@touch $@
 
 clean:  ## remove the environment, caches and build products

@@ -6,11 +6,11 @@
 Targets need the packages of the extra `compile`. Their figures are read from the compiler's
 output and measure nothing: bytes accessed is its own count of what the step reads and writes
 (XLA:GPU gives none), copied weights are the matrices that the step writes anew before it multiplies
-(h100 only), and temporaries are what the step allocates beside its arguments.
+(GPUs only), and temporaries are what the step allocates beside its arguments.
 """
 
 import argparse
-import os
+import contextlib
 import re
 import statistics
 import sys
@@ -19,23 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-QUIET_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "JAX_PLATFORMS": "cpu",
-}
-for name, value in QUIET_TPU.items():
-    os.environ.setdefault(name, value)
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import compiling
+
+compiling.prepare_this_process()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 
 from benchmarks.common import print_table, write_json  # noqa: E402
 from jaxserve.layers.kernels import XLA, Kernels, kv_pages_shape  # noqa: E402
@@ -45,6 +37,7 @@ from jaxserve.runner.executables import COMPILER_OPTIONS  # noqa: E402
 from jaxserve.runner.model import split_model  # noqa: E402
 from jaxserve.runner.row_state import RowShapes  # noqa: E402
 from jaxserve.runner.step import DeviceState, make_step  # noqa: E402
+from pallas_kernels import aot  # noqa: E402
 
 NUM_PAGES = 2048
 MODELS = {
@@ -70,40 +63,6 @@ MODELS = {
         "tie_word_embeddings": True,
     },
 }
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
-  model_str: "h100" device_address_bits: 64 name: "NVIDIA H100 80GB HBM3"
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-  dnn_version: "9.10.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-TPUS = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1", "tpu7x": "tpu7x:1x1x1"}
-
-
-def target_sharding(target: str) -> jax.sharding.Sharding | None:
-    """Where a target's arguments lie; None for this machine's CPU."""
-    if target == "cpu":
-        return None
-    if target == "h100":
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=H100, topology="1x1x1"
-        )
-    else:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target])
-    mesh = jax.sharding.Mesh(topology.devices[:1], ("x",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def build(model: str, target: str, num_tokens: int, *, scan: bool) -> tuple[Callable, tuple]:
@@ -127,15 +86,14 @@ def build(model: str, target: str, num_tokens: int, *, scan: bool) -> tuple[Call
 def measure(model: str, target: str, num_tokens: int, *, scan: bool) -> dict[str, Any]:
     """Compiles, reads the compiler's figures, and on the CPU runs."""
     step, arguments = build(model, target, num_tokens, scan=scan)
-    sharding = target_sharding(target)
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
-    )
+    there = None if target == "cpu" else aot.target(target)  # None: this machine
+    placed = there.abstract(arguments) if there else arguments
     start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=1).lower(*placed)
-    lowered_s = time.perf_counter() - start
-    options = COMPILER_OPTIONS.get({"h100": "gpu"}.get(target, target))
-    compiled: Any = lowered.compile(compiler_options=options)
+    with there.context() if there else contextlib.nullcontext():
+        lowered = jax.jit(step, donate_argnums=1).lower(*placed)
+        lowered_s = time.perf_counter() - start
+        options = COMPILER_OPTIONS.get(there.chip.platform if there else target)
+        compiled: Any = lowered.compile(compiler_options=options)
     row = {
         "model": model,
         "target": target,
@@ -148,7 +106,7 @@ def measure(model: str, target: str, num_tokens: int, *, scan: bool) -> dict[str
         "temporaries_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
         "run_ms": None,
     }
-    if target == "h100":
+    if target in aot.GPUS:
         row["copied_weights_mb"] = _copied_weights_mb(
             compiled, trips=MODELS[model]["num_hidden_layers"] if scan else 1
         )
@@ -201,7 +159,7 @@ def run_ms(compiled: Any, arguments: tuple, num_tokens: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", action="append", choices=["cpu", "h100", *TPUS])
+    parser.add_argument("--target", action="append", choices=["cpu", *aot.TARGETS])
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--tokens", type=int, action="append")
     parser.add_argument("--json", metavar="FILE", type=Path)
