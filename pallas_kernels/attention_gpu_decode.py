@@ -18,8 +18,11 @@ holds H * N / 128 accumulators of O^T, 8 at H = 128. The softmax is online (Flas
 2205.14135), with logits in base 2; splitting KV for decode is Flash-Decoding's idea, pages are
 PagedAttention's (arXiv 2309.06180).
 
-Limits: bfloat16 or float16 queries and cache, head_dim a multiple of 16 from 64 to 256 (128-byte
-swizzles where it is one of 64), page sizes that are multiples of 8, up to 64 query heads a kv head.
+An 8-bit cache is converted in shared memory, block by block: float8_e4m3fn to float16, which holds
+it exactly at one instruction a pair of values, int8 to the queries' type.
+
+Limits: bfloat16, float16, float8_e4m3fn and int8 caches; head_dim a multiple of 16 (8-bit: of 32)
+from 64 to 256; page sizes that are multiples of 8.
 """
 
 import dataclasses
@@ -44,10 +47,10 @@ from pallas_kernels.types import AttentionSpec, PageMetadata
 
 _LOG2E = math.log2(math.e)
 _NEVER = -1e30  # the logit of what is not seen, and the maximum of nothing: finite, so no inf - inf
+_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "int8")
 _WGMMA_ROWS = 64
 _SMEM_BYTES = 232_448  # what a thread block may have; 1 KiB more of an SM's 228 KiB goes with each
 _SMEM_RESERVED = 1024
-_MERGE_UNROLL = 8  # pieces that the merge loads at a time
 
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # of a vector over the N columns of an accumulator
 
@@ -66,11 +69,17 @@ class DecodeTiles:
 class _Shape:
     """Sizes that follow from a spec and tiles. Static."""
 
-    group: int  # query heads a kv head
-    columns: int  # the group padded to a wgmma's N
+    num_parts: int  # that the query heads of a kv head are cut into, where they are many
+    group: int  # query heads a part
+    columns: int  # the same, padded to a wgmma's N
     head_dim: int
-    swizzle: int  # bytes
+    stored: jnp.dtype  # of the cache
+    dtype: jnp.dtype  # of the operands of products, 16 bits
     copy_tokens: int  # tokens a TMA copy: a whole page, or the part of one that a block takes
+
+    @property
+    def converts(self) -> bool:
+        return self.stored != self.dtype
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
@@ -94,14 +103,15 @@ def why_not_decode(spec: AttentionSpec) -> str | None:
     kv = spec.kv
     if kv.kind != "heads":
         return "the Hopper kernel has no path for a latent cache"
-    if jnp.dtype(kv.dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        return f"the Hopper kernel reads bfloat16 or float16 pages, not {jnp.dtype(kv.dtype).name}"
+    dtype = jnp.dtype(kv.dtype)
+    if dtype.name not in _DTYPES:
+        return f"the Hopper kernel reads pages of {', '.join(_DTYPES)}, not {dtype.name}"
     if kv.page_size % 8 or kv.page_size < 8:
         return f"page_size={kv.page_size} is not a multiple of 8, the rows of a shared memory tile"
     if kv.head_dim % 16 or not _WGMMA_ROWS <= kv.head_dim <= 256:
         return f"head_dim={kv.head_dim} is not a multiple of 16 from 64 to 256"
-    if spec.group > 64:
-        return f"{spec.group} query heads a kv head are more than 64"
+    if dtype.itemsize == 1 and kv.head_dim % 32:
+        return f"head_dim={kv.head_dim} is not a multiple of 32, which {dtype.name} pages need"
     return None
 
 
@@ -112,14 +122,18 @@ def decode_tiles(spec: AttentionSpec) -> DecodeTiles:
     132 multiprocessors. Two thread blocks of three stages, of which one is being worked on, have
     128 KiB on the way, and one computes while the other waits at its barriers.
     """
-    shape = _shape_of(spec, _WGMMA_ROWS)
-    itemsize = jnp.dtype(spec.kv.dtype).itemsize
-    token_bytes = 2 * shape.head_dim * itemsize
-    block_kv = _WGMMA_ROWS * max(1, (32 * 1024) // (_WGMMA_ROWS * token_bytes))
-    other = _bytes_beside_stages(shape, block_kv, itemsize)
-    blocks_per_sm = 2 if 3 * block_kv * token_bytes + other <= _SMEM_BYTES // 2 else 1
+    shape = _shape_of(spec, _WGMMA_ROWS, jnp.bfloat16)
+    columns, token = shape.columns, 2 * shape.head_dim  # elements
+    block_kv = _WGMMA_ROWS * max(1, 16 * 1024 // (_WGMMA_ROWS * token))
+    if columns > 16:  # registers: logits, weights and their sums are block_kv * columns each
+        block_kv = _WGMMA_ROWS
+    stage = block_kv * token * shape.stored.itemsize
+    # Two queries, the weights, a converted block; reductions between warps and barriers.
+    other = 2 * (2 * columns * shape.head_dim + columns * block_kv) + 4 * 1024
+    other += 2 * block_kv * token if shape.converts else 0
+    blocks_per_sm = 2 if 3 * stage + other <= _SMEM_BYTES // 2 and columns <= 32 else 1
     room = (_SMEM_BYTES + _SMEM_RESERVED) // blocks_per_sm - _SMEM_RESERVED - other
-    num_stages = min(6, room // (block_kv * token_bytes))
+    num_stages = min(6, room // stage)
     return DecodeTiles(block_kv=block_kv, num_stages=num_stages, blocks_per_sm=blocks_per_sm)
 
 
@@ -146,60 +160,94 @@ def attend_decode(
         num_workers = 3 if backend.interpret else num_workers  # the interpreter is slow
     num_tokens = q.shape[0]
     num_rows = min(num_tokens, pages.kv_lens.shape[0])  # decode row i has token i
-    shape = _shape_of(spec, tiles.block_kv)
+    shape = _shape_of(spec, tiles.block_kv, q.dtype)
     plan = plan_split(
         pages,
         num_rows=num_rows,
-        num_heads=kv.num_kv_heads,
+        num_heads=kv.num_kv_heads * shape.num_parts,
         block_kv=tiles.block_kv,
         window=spec.window,
         num_workers=num_workers,
     )
     # XLA fuses this padding into whatever makes q; there is none where the group is 8, 16, ...
-    grouped = q[:num_rows].reshape(num_rows, kv.num_kv_heads, spec.group, kv.head_dim)
-    padding = ((0, 0), (0, 0), (0, shape.columns - spec.group), (0, 0))
-    grouped = jnp.pad(grouped.astype(kv.dtype), padding)  # [R, K, columns, H]
+    grouped = q[:num_rows]
+    if shape.dtype != q.dtype:  # bfloat16 to float16
+        largest = float(jnp.finfo(shape.dtype).max)
+        grouped = jnp.clip(grouped, -largest, largest).astype(shape.dtype)
+    grouped = _grouped(grouped, shape, spec)
     # A key and its value side by side, as they lie in memory: a view.
     pairs = kv_pages.reshape(*kv_pages.shape[:2], kv.num_kv_heads, 2 * kv.head_dim)
     first_page = jnp.asarray(layer, jnp.int32).reshape(1) * pages.num_pages
     piece, stats = _pieces(
-        grouped, pairs, pages, first_page, plan, spec=spec, tiles=tiles, interpret=interpret
+        grouped,
+        pairs,
+        pages,
+        first_page,
+        plan,
+        spec=spec,
+        shape=shape,
+        tiles=tiles,
+        interpret=interpret,
     )
     out = _merge(
-        piece, stats, plan.pieces, sinks, num_rows, spec=spec, dtype=q.dtype, interpret=interpret
+        piece,
+        stats,
+        plan.pieces,
+        sinks,
+        num_rows,
+        spec=spec,
+        shape=shape,
+        dtype=q.dtype,
+        interpret=interpret,
     )
     if num_rows < num_tokens:
         out = jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0)))
     return out
 
 
-def _shape_of(spec: AttentionSpec, block_kv: int) -> _Shape:
+def _shape_of(spec: AttentionSpec, block_kv: int, q_dtype: jax.typing.DTypeLike) -> _Shape:
     kv = spec.kv
-    key_bytes = kv.head_dim * jnp.dtype(kv.dtype).itemsize
+    stored = jnp.dtype(kv.dtype)
+    dtype = stored
+    if stored.itemsize == 1:
+        dtype = jnp.dtype(jnp.float16 if stored.name == "float8_e4m3fn" else q_dtype)
+    # Registers: an accumulator of 256 rows and 32 columns, or half the rows and twice as many.
+    num_parts = -(-spec.group // (64 if kv.head_dim <= 128 else 32))
+    group = -(-spec.group // num_parts)
     return _Shape(
-        group=spec.group,
-        columns=_up(spec.group, 8),
+        num_parts=num_parts,
+        group=group,
+        columns=_up(group, 8),
         head_dim=kv.head_dim,
-        swizzle=next(size for size in (128, 64, 32) if key_bytes % size == 0),
+        stored=stored,
+        dtype=dtype,
         copy_tokens=math.gcd(kv.page_size, block_kv),
     )
 
 
-def _bytes_beside_stages(shape: _Shape, block_kv: int, itemsize: int) -> int:
-    """Shared memory for two queries, the weights, reductions between warps and barriers."""
-    queries = 2 * shape.columns * shape.head_dim * itemsize
-    weights = shape.columns * block_kv * itemsize
-    return queries + weights + 8 * 1024
+def _grouped(x: Array, shape: _Shape, spec: AttentionSpec) -> Array:
+    """`[..., N, W]` by parts of a kv head's query heads: [..., K * num_parts, columns, W]."""
+    *lead, _, width = x.shape
+    x = x.reshape(*lead, spec.kv.num_kv_heads, spec.group, width)
+    x = _pad(x, shape.num_parts * shape.group)
+    x = x.reshape(*lead, spec.kv.num_kv_heads * shape.num_parts, shape.group, width)
+    return _pad(x, shape.columns)
+
+
+def _pad(x: Array, size: int) -> Array:
+    """x with zeros behind, so that its last axis but one has that size."""
+    return jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, size - x.shape[-2]), (0, 0)))
 
 
 def _pieces(
-    q: Array,  # [R, K, columns, H]
+    q: Array,  # [R, K * num_parts, columns, H]
     pairs: Array,  # [L * num_pages, page_size, K, 2H]
     pages: PageMetadata,
     first_page: Array,  # [1] int32
     plan: SplitPlan,
     *,
     spec: AttentionSpec,
+    shape: _Shape,
     tiles: DecodeTiles,
     interpret: Any,
 ) -> tuple[Array, Array]:
@@ -209,11 +257,10 @@ def _pieces(
     not name is whatever was there.
     """
     kv = spec.kv
-    shape = _shape_of(spec, tiles.block_kv)
     block_kv, num_stages = tiles.block_kv, tiles.num_stages
     columns, head_dim = shape.columns, shape.head_dim
+    num_parts = kv.num_kv_heads * shape.num_parts  # of a row
     copies = block_kv // shape.copy_tokens
-    dtype = q.dtype
 
     def body(
         q_ref: Any,
@@ -225,7 +272,8 @@ def _pieces(
         piece_ref: Any,
         stats_ref: Any,
         q_smem: Any,
-        pairs_smem: Any,
+        stages: Any,
+        converted: Any,
         weights_smem: Any,
         q_full: Any,
         q_free: Any,
@@ -237,14 +285,14 @@ def _pieces(
         num_items = work_ref[worker, 3]
 
         def item_of(index: Any, step: Any) -> tuple[Any, Any, Any, Any, Any]:
-            """An item's row and head, its kv_len, its first block here, and how many are here."""
-            row = lax.div(first_item + index, jnp.int32(kv.num_kv_heads))
-            head = lax.rem(first_item + index, jnp.int32(kv.num_kv_heads))
+            """An item's row and part, its kv_len, its first block here, and how many are here."""
+            row = lax.div(first_item + index, jnp.int32(num_parts))
+            part = lax.rem(first_item + index, jnp.int32(num_parts))
             kv_len = len_ref[row]
             done = jnp.where(index == 0, skipped, 0)  # by the workers before
             blocks = num_blocks(kv_len, block_kv=block_kv, window=spec.window) - done
             start = first_block(kv_len, block_kv=block_kv, window=spec.window) + done
-            return row, head, kv_len, start, jnp.minimum(blocks, num_own - step)
+            return row, part, kv_len, start, jnp.minimum(blocks, num_own - step)
 
         # Barriers. A stage is *full* when all copies into it have arrived (each copy counts as one
         # arrival with its bytes), *free* when every thread of the computing warpgroup has arrived,
@@ -268,19 +316,18 @@ def _pieces(
                         offset = lax.rem(token, jnp.int32(kv.page_size))
                         source = pairs_ref.at[page, pl.ds(offset, shape.copy_tokens), head]
                     rows = pl.ds(copy * shape.copy_tokens, shape.copy_tokens)
-                    plgpu.copy_gmem_to_smem(
-                        source, pairs_smem.at[stage, rows], pairs_full.at[stage]
-                    )
+                    plgpu.copy_gmem_to_smem(source, stages.at[stage, rows], pairs_full.at[stage])
 
             def load_item(index: Any, step: Any) -> Any:
-                row, head, kv_len, start, blocks = item_of(index, step)
+                row, part, kv_len, start, blocks = item_of(index, step)
+                head = lax.div(part, jnp.int32(shape.num_parts))
                 slot = lax.rem(index, jnp.int32(2))
 
                 @pl.when(index >= 2)
                 def _() -> None:
                     plgpu.barrier_wait(q_free.at[slot])
 
-                plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[slot], q_full.at[slot])
+                plgpu.copy_gmem_to_smem(q_ref.at[row, part], q_smem.at[slot], q_full.at[slot])
 
                 @pl.loop(0, blocks)
                 def _(block: Any) -> None:
@@ -316,9 +363,14 @@ def _pieces(
                     stage = lax.rem(step + block, jnp.int32(num_stages))
                     token = (start + block) * block_kv
                     plgpu.barrier_wait(pairs_full.at[stage])
-                    _forget_unseen(pairs_smem.at[stage], token, kv_len, spec=spec)
+                    pairs_smem = stages.at[stage]
+                    if shape.converts:
+                        _convert(pairs_smem, converted, shape)
+                        plgpu.barrier_arrive(pairs_free.at[stage])
+                        pairs_smem = converted
+                    _forget_unseen(pairs_smem, token, kv_len, spec=spec)
 
-                    keys = pairs_smem.at[stage, :, pl.ds(0, head_dim)]
+                    keys = pairs_smem.at[:, pl.ds(0, head_dim)]
                     logits = _multiply(keys, q_smem.at[slot].transpose((1, 0)))
                     logits = _base2(logits, spec)
                     seen = _seen(token, kv_len, logits.shape, spec)
@@ -333,19 +385,18 @@ def _pieces(
 
                     # All warps have passed the barriers of the maximum, so none is still reading
                     # the weights of the block before.
-                    weights_smem.transpose((1, 0))[...] = weights.astype(dtype)
+                    weights_smem.transpose((1, 0))[...] = weights.astype(shape.dtype)
                     plgpu.commit_smem()  # wgmma reads through the async proxy: fence, then barrier
 
                     added = [
                         _multiply(
-                            pairs_smem.at[stage, :, pl.ds(head_dim + first, rows)].transpose(
-                                (1, 0)
-                            ),
+                            pairs_smem.at[:, pl.ds(head_dim + first, rows)].transpose((1, 0)),
                             weights_smem.transpose((1, 0)),
                         )
                         for first, rows in shape.spans
                     ]
-                    plgpu.barrier_arrive(pairs_free.at[stage])
+                    if not shape.converts:
+                        plgpu.barrier_arrive(pairs_free.at[stage])
                     outs = tuple(
                         out * lax.broadcast_in_dim(decay, out.shape, [1]) + more
                         for out, more in zip(outs, added, strict=True)
@@ -370,10 +421,13 @@ def _pieces(
 
             lax.fori_loop(0, num_items, compute_item, jnp.int32(0))
 
-    tiled = (
-        plgpu.TilingTransform((8, shape.swizzle // jnp.dtype(dtype).itemsize)),
-        plgpu.SwizzleTransform(shape.swizzle),
-    )
+    def smem(dims: tuple[int, ...], dtype: jnp.dtype) -> Any:
+        """Swizzled in the widest tiles that part a key from its value."""
+        swizzle = next(size for size in (128, 64, 32) if head_dim * dtype.itemsize % size == 0)
+        tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))  # pyright: ignore[reportAbstractUsage]
+        swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+        return plgpu.SMEM(dims, dtype, transforms=(tiling, swizzling))
+
     run = plgpu.kernel(
         body,
         out_type=[
@@ -385,9 +439,10 @@ def _pieces(
         num_threads=2,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((2, columns, head_dim), dtype, transforms=tiled),
-            plgpu.SMEM((num_stages, block_kv, 2 * head_dim), dtype, transforms=tiled),
-            plgpu.SMEM((columns, block_kv), dtype, transforms=tiled),
+            smem((2, columns, head_dim), shape.dtype),
+            smem((num_stages, block_kv, 2 * head_dim), shape.stored),
+            smem((block_kv, 2 * head_dim), shape.dtype) if shape.converts else (),
+            smem((columns, block_kv), shape.dtype),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages),
@@ -398,6 +453,20 @@ def _pieces(
         **({} if interpret is None else {"interpret": interpret}),
     )
     return run(q, pairs, pages.kv_lens, pages.page_table, first_page, plan.work)
+
+
+def _convert(stage: Any, target: Any, shape: _Shape) -> None:
+    """A stage of an 8-bit cache as 16-bit operands, by a layout that moves 4 values a thread.
+
+    Stores to shared memory are fenced by barriers on both sides, so no warp is still multiplying
+    the block before.
+    """
+    # int8 takes more registers on its way: half as many at a time keep two thread blocks on an SM.
+    width = math.gcd(64 if shape.stored.name == "int8" else 128, shape.head_dim)
+    for column in range(0, 2 * shape.head_dim, width):
+        values = plgpu.load(stage.at[:, pl.ds(column, width)], layout=plgpu.Layout.WGMMA_8BIT)
+        target[:, pl.ds(column, width)] = values.astype(shape.dtype)
+    plgpu.commit_smem()
 
 
 def _multiply(a: Any, b: Any) -> Any:
@@ -462,23 +531,25 @@ def _merge(
     num_rows: int,  # R
     *,
     spec: AttentionSpec,
+    shape: _Shape,
     dtype: Any,
     interpret: Any,
 ) -> Array:
     """The attention of R rows, [R, N, H], from their pieces; zeros for rows that have none."""
-    num_heads = spec.kv.num_kv_heads
-    group, head_dim = spec.group, spec.kv.head_dim
+    num_parts = spec.kv.num_kv_heads * shape.num_parts
+    head_dim = spec.kv.head_dim
     _, out_rows, columns = piece.shape
+    # A piece is out_rows * columns / 128 registers a thread; loads in flight hide their latency.
+    unroll = max(1, min(8, 64 * 128 // (out_rows * columns)))
     if sinks is None:
         sinks = jnp.full((spec.num_heads,), _NEVER, jnp.float32)
-    padding = ((0, 0), (0, columns - group))
-    sinks = jnp.pad(sinks.reshape(num_heads, group) * _LOG2E, padding)  # [K, columns]
+    sinks = _grouped(sinks[:, None] * _LOG2E, shape, spec)[..., 0]  # [K * num_parts, columns]
 
     def body(
         piece_ref: Any, stats_ref: Any, pieces_ref: Any, sinks_ref: Any, out_ref: Any, smem: Any
     ) -> None:
-        head, row = lax.axis_index("head"), lax.axis_index("row")
-        item = row * num_heads + head
+        part, row = lax.axis_index("part"), lax.axis_index("row")
+        item = row * num_parts + part
         first, num = pieces_ref[item, 0], pieces_ref[item, 1]
 
         def column_vector(ref: Any) -> Any:
@@ -490,8 +561,8 @@ def _merge(
         def add(chunk: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
             out, top, total = carry
             tops, totals, outs = [], [], []
-            for index in range(_MERGE_UNROLL):  # loads first: they do not wait for each other
-                index = chunk * _MERGE_UNROLL + index
+            for index in range(unroll):  # loads first: they do not wait for each other
+                index = chunk * unroll + index
                 at = first + jnp.minimum(index, num - 1)
                 maximum = column_vector(stats_ref.at[at, 0])
                 tops.append(
@@ -517,26 +588,28 @@ def _merge(
             plgpu.layout_cast(jnp.full((columns,), _NEVER, jnp.float32), _COLUMNS),
             plgpu.layout_cast(jnp.zeros((columns,), jnp.float32), _COLUMNS),
         )
-        chunks = lax.div(num + (_MERGE_UNROLL - 1), jnp.int32(_MERGE_UNROLL))
+        chunks = lax.div(num + (unroll - 1), jnp.int32(unroll))
         out, top, total = lax.fori_loop(0, chunks, add, nothing)
-        total += jnp.exp2(column_vector(sinks_ref.at[head]) - top)
+        total += jnp.exp2(column_vector(sinks_ref.at[part]) - top)
         out = out / across(jnp.maximum(total, 1e-30))  # zeros where there was nothing
         smem.transpose((1, 0))[...] = out.astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem.at[pl.ds(0, group)], out_ref.at[row, head])
+        plgpu.copy_smem_to_gmem(smem.at[pl.ds(0, shape.group)], out_ref.at[row, part])
         plgpu.wait_smem_to_gmem(0)
 
     run = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((num_rows, num_heads, group, out_rows), dtype),
-        grid=(num_heads, num_rows),
-        grid_names=("head", "row"),
+        out_type=jax.ShapeDtypeStruct((num_rows, num_parts, shape.group, out_rows), dtype),
+        grid=(num_parts, num_rows),
+        grid_names=("part", "row"),
         scratch_types=[plgpu.SMEM((columns, out_rows), dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode_merge",
         **({} if interpret is None else {"interpret": interpret}),
     )
-    out = run(piece, stats, pieces, sinks).reshape(num_rows, spec.num_heads, out_rows)
+    out = run(piece, stats, pieces, sinks)
+    out = out.reshape(num_rows, spec.kv.num_kv_heads, shape.num_parts * shape.group, out_rows)
+    out = out[:, :, : spec.group].reshape(num_rows, spec.num_heads, out_rows)
     if out_rows == head_dim:
         return out
     whole = head_dim - head_dim % _WGMMA_ROWS
