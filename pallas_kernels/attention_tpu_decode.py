@@ -1,4 +1,19 @@
-"""Attention of decode rows (one query token each) over paged KV, for TPUs."""
+"""Attention of decode rows (one query token each) over paged KV, for TPUs.
+
+Decode reads every key and value once, so HBM should be what it waits for. What comes close to it is
+to push keys and values into the matrix units, where they are the stationary operand: a head has
+only a few query rows to multiply with. Three things keep the rest out of the way:
+
+- Query heads of several kv heads are stacked to fill a register's 8 sublanes, `side` kv heads side
+  by side: their keys are one operand [tokens, side * W], which their queries meet on the diagonal
+  blocks of [rows, side * W]. So the softmax has no padding to work on, and a matrix unit that is
+  256 wide is filled by heads 128 wide.
+- The logits of a unit of tokens are issued before the softmax of the unit before it, so that the
+  scheduler has pushes to place while the softmax waits for its reductions.
+- Blocks whose tokens are all seen have a path without masks.
+
+The softmax is the online one of FlashAttention (arXiv 2205.14135), in base 2.
+"""
 
 import functools
 import math
@@ -13,356 +28,380 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.kv_write import LANES, page_layout
-from pallas_kernels.tpu_pages import PageBlock
+from pallas_kernels.tpu_pages import BlockRows, PageBlock, divide
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
-NEVER = -1e30  # a logit that is not seen; finite, as inf - inf is NaN
+NEVER = -1e30  # the logit of what is not seen: finite, as inf - inf is NaN
 LOG2E = math.log2(math.e)
+_SUBLANES = 8
+_BLOCK_BYTES = 4 << 20  # of KV in a copy: long enough to hide the latency of HBM
+_VMEM_BYTES = 48 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTiles:
-    block: int = 1024  # tokens a copy
-    unit: int = 512  # tokens an update of the softmax, whole blocks
-    edge: int = 256  # the same where some are not seen
-    chunk: int = 32  # rows a step of the grid
+    """Sizes that do not change the result. Static."""
+
+    block: int  # tokens a copy, a multiple of the page size
+    unit: int  # tokens an update of the softmax; block and edge are multiples of it, it of 128
+    edge: int  # tokens a step of the path with masks; block is a multiple of it
+    rows: int = 32  # rows of the batch whose queries and outputs are in VMEM
+
+
+def default_tiles(spec: AttentionSpec, backend: Backend) -> DecodeTiles:
+    """What to use where nothing was tuned."""
+    page_size, height, width = page_layout(spec.kv, backend).page
+    row_bytes = height * width * jnp.dtype(spec.kv.dtype).itemsize
+    edge = max(256, page_size)
+    block = edge
+    while 2 * block * row_bytes <= _BLOCK_BYTES and block < 2048:
+        block *= 2
+    edge = min(512, block)
+    return DecodeTiles(block=block, unit=min(edge, 512), edge=edge)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Heads:
-    """How query heads are stacked in rows."""
+class _Stacks:
+    """How query heads share the rows of registers: row = kv head of `side` * group + its query."""
 
     num_kv_heads: int
-    group: int  # padded
-    side: int  # kv heads side by side
-    width: int
+    group: int  # query heads of a kv head, padded
+    side: int  # kv heads
+    width: int  # of a key
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, width: int, mxu_size: int) -> "_Stacks":
+        group = 1 << (spec.group - 1).bit_length()
+        side = max(1, _SUBLANES // group, mxu_size // width)
+        side = min(side, 1 << (spec.kv.num_kv_heads - 1).bit_length())
+        group = max(group, _SUBLANES // side)
+        return cls(num_kv_heads=spec.kv.num_kv_heads, group=group, side=side, width=width)
 
     @property
-    def num_stacks(self) -> int:
+    def count(self) -> int:
         return -(-self.num_kv_heads // self.side)
 
     @property
     def rows(self) -> int:
         return self.group * self.side
 
+    def heads(self, stack: int) -> list[int]:
+        """The kv heads of a stack; the last one stands in for those there are not."""
+        first = stack * self.side
+        return [min(head, self.num_kv_heads - 1) for head in range(first, first + self.side)]
+
+    def fold(self, x: Array) -> Array:
+        """[B, K * group of spec, columns] -> [B, count, rows, columns], zeros for padding."""
+        x = x.reshape(x.shape[0], self.num_kv_heads, -1, x.shape[-1])
+        missing = self.count * self.side - self.num_kv_heads
+        pad = ((0, 0), (0, missing), (0, self.group - x.shape[2]), (0, 0))
+        return jnp.pad(x, pad).reshape(x.shape[0], self.count, self.rows, x.shape[-1])
+
+    def unfold(self, x: Array, group: int) -> Array:
+        """[B, count, rows, columns] -> [B, K * group, columns]"""
+        x = x.reshape(x.shape[0], -1, self.group, x.shape[-1])[:, : self.num_kv_heads, :group]
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
 
 def attend_decode(
-    q: Array,  # [T, N, H]
-    kv_pages: Array,
+    q: Array,  # [T, N, H]: the token of row i is token i
+    kv_pages: Array,  # [L * num_pages, page_size, C, W]
     pages: PageMetadata,
     layer: int | Array,
     *,
     spec: AttentionSpec,
     backend: Backend,
-    sinks: Array | None = None,
+    sinks: Array | None = None,  # [N] float32, if spec.sinks
     tiles: DecodeTiles | None = None,
 ) -> Array:
-    """[B, N, H]; rows from num_decode_rows on hold anything."""
-    tiles = tiles or DecodeTiles()
-    kv = spec.kv
-    layout = page_layout(kv, backend)
-    num_rows = pages.kv_lens.shape[0]
-    pages_a_row = pages.page_table.shape[1]
-    block = PageBlock(layout=layout, dtype=kv.dtype, num_pages=max(1, tiles.block // kv.page_size))
-    width = layout.page[2]
-    group = 1 << (spec.group - 1).bit_length()
-    mxu = 256 if backend.chip.tpu_generation in ("v6e", "tpu7x") else 128
-    side = max(1, 8 // group, mxu // width)
-    heads = _Heads(num_kv_heads=kv.num_kv_heads, group=group, side=side, width=width)
-    chunk = min(tiles.chunk, num_rows)
-    stacked = _stack(q[:num_rows], spec, heads)  # [B, stacks, rows, W]
-    scalars = [
-        pages.page_table.reshape(-1),
-        pages.kv_lens,
-        jnp.stack([pages.num_decode_rows, jnp.asarray(layer, jnp.int32) * pages.num_pages]),
-    ]
-    arrays = [stacked]
-    row_shape = stacked.shape[1:]
+    """Attention of the first num_decode_rows rows, one query token each: [B, N, H] in q's dtype.
 
-    def rows_of(step: Array, table: Any, lens: Any, limits: Any) -> tuple[Any, ...]:
-        last = jnp.maximum(limits[0] - 1, 0) // chunk
+    Rows from num_decode_rows on are not worked on and hold anything, NaN included.
+    """
+    tiles = tiles or default_tiles(spec, backend)
+    kv, layout = spec.kv, page_layout(spec.kv, backend)
+    num_rows, table_width = pages.page_table.shape
+    width = layout.page[2]
+    wide = backend.chip.tpu_generation in ("v6e", "tpu7x")
+    stacks = _Stacks.of(spec, width, mxu_size=256 if wide else 128)
+    block = PageBlock(layout=layout, dtype=kv.dtype, num_pages=tiles.block // kv.page_size)
+    if block.num_tokens != tiles.block or tiles.block % tiles.edge or tiles.edge % tiles.unit:
+        raise ValueError(f"{tiles} do not fit each other and pages of {kv.page_size} tokens")
+    chunk = min(tiles.rows, num_rows)
+
+    padding = width - kv.head_dim
+    queries = stacks.fold(jnp.pad(q[:num_rows], ((0, 0), (0, 0), (0, padding))))
+    inputs = [queries]
+    shape = (chunk, *queries.shape[1:])
+
+    def chunk_of(step: Array, _table: Any, _lens: Any, limits: Any) -> tuple[Any, ...]:
+        last = jnp.maximum(limits[0] - 1, 0) // chunk  # steps after it move nothing
         return jnp.minimum(step, last), 0, 0, 0
 
-    spec_rows = pl.BlockSpec((chunk, *row_shape), rows_of)
-    in_specs = [spec_rows]
-    if spec.sinks:
-        s = sinks.astype(jnp.float32).reshape(1, spec.num_heads, 1)
-        s = jnp.broadcast_to(_stack(s, spec, heads, width=1), (1, *row_shape[:2], LANES))[0]
-        arrays.append(s * LOG2E)
-        in_specs.append(pl.BlockSpec(s.shape, lambda *_: (0, 0, 0)))
-    arrays.append(block.view(kv_pages))
+    in_specs = [pl.BlockSpec(shape, chunk_of)]
+    if sinks is not None:
+        logits = stacks.fold(sinks.astype(jnp.float32)[None, :, None] * LOG2E)[0]
+        inputs.append(jnp.broadcast_to(logits, (*logits.shape[:2], LANES)))
+        in_specs.append(pl.BlockSpec(inputs[-1].shape, lambda *_: (0, 0, 0)))
+    inputs.append(block.view(kv_pages))
     in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
-    stat = pltpu.VMEM((heads.num_stacks, heads.rows, LANES), jnp.float32)
+
+    state = (stacks.count, stacks.rows)
+    limits = [pages.num_decode_rows, jnp.asarray(layer, jnp.int32) * pages.num_pages]
     kernel = functools.partial(
         _kernel,
         spec=spec,
-        heads=heads,
+        stacks=stacks,
         block=block,
         tiles=tiles,
         chunk=chunk,
-        pages_a_row=pages_a_row,
+        table_width=table_width,
         interpret=backend.interpret,
-        packed=layout.kind == "packed",
     )
     out = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
+            num_scalar_prefetch=3,
             grid=(pl.cdiv(num_rows, chunk),),
             in_specs=in_specs,
-            out_specs=spec_rows,
+            out_specs=pl.BlockSpec(shape, chunk_of),
             scratch_shapes=[
-                block.buffers,
-                pltpu.VMEM((heads.num_stacks, heads.rows, heads.side * width), q.dtype),
-                stat,
-                stat,
-                pltpu.VMEM((heads.num_stacks, heads.rows, heads.side * width), jnp.float32),
+                block.scratch,
+                pltpu.VMEM((*state, stacks.side * width), q.dtype),
+                pltpu.VMEM((*state, LANES), jnp.float32),
+                pltpu.VMEM((*state, LANES), jnp.float32),
+                pltpu.VMEM((*state, stacks.side * width), jnp.float32),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(stacked.shape, q.dtype),
+        out_shape=jax.ShapeDtypeStruct(queries.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
             disable_bounds_checks=True,
-            vmem_limit_bytes=64 << 20,
+            vmem_limit_bytes=_VMEM_BYTES,
         ),
         interpret=pltpu.InterpretParams(detect_races=True) if backend.interpret else False,
         name="paged_decode",
-    )(*scalars, *arrays)
-    out = out.reshape(num_rows, -1, group, width)[:, : kv.num_kv_heads, : spec.group]
+    )(pages.page_table.reshape(-1), pages.kv_lens, jnp.stack(limits), *inputs)
     first = kv.head_dim if layout.kind == "packed" else 0
-    out = out[..., first : first + kv.head_dim]
-    return out.reshape(num_rows, spec.num_heads, kv.head_dim)
-
-
-def _stack(q: Array, spec: AttentionSpec, heads: _Heads, width: int | None = None) -> Array:
-    """[B, N, H] -> [B, stacks, rows, W]"""
-    width = width or heads.width
-    q = q.reshape(q.shape[0], spec.kv.num_kv_heads, spec.group, -1)
-    pad = (
-        (0, 0),
-        (0, heads.num_stacks * heads.side - heads.num_kv_heads),
-        (0, heads.group - spec.group),
-        (0, width - q.shape[3]),
-    )
-    return jnp.pad(q, pad).reshape(q.shape[0], heads.num_stacks, heads.rows, width)
-
-
-def _div(x: Any, by: int) -> Any:
-    """x // by of x >= 0."""
-    if by & (by - 1) == 0:
-        return x >> (by.bit_length() - 1)
-    return lax.div(x, by)
+    return stacks.unfold(out, spec.group)[..., first : first + kv.head_dim]
 
 
 def _kernel(
-    table_ref,
-    lens_ref,
-    limits_ref,
-    q_ref,
-    *refs,
+    table_ref: Any,  # SMEM [B * table_width]
+    lens_ref: Any,  # SMEM [B]
+    limits_ref: Any,  # SMEM: number of decode rows, first page of the layer
+    q_ref: Any,  # [chunk, stacks, rows, W]
+    *refs: Any,
     spec: AttentionSpec,
-    heads: _Heads,
+    stacks: _Stacks,
     block: PageBlock,
     tiles: DecodeTiles,
     chunk: int,
-    pages_a_row: int,
+    table_width: int,
     interpret: bool,
-    packed: bool,
-):
-    sinks_ref = None
-    if spec.sinks:
-        sinks_ref, *refs = refs
-    kv_hbm, out_ref, buffers, qd_ref, top_ref, sum_ref, acc_ref, state_ref, semaphores = refs
-    size = block.page_size
-    width, side = heads.width, heads.side
-    dtype = q_ref.dtype
-    step = pl.program_id(0)
-    num_rows, first_page_of_layer = limits_ref[0], limits_ref[1]
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+) -> None:
+    """The rows of one chunk. The blocks of all rows are one sequence of copies, which runs a block
+    ahead of the work on them, across rows and chunks.
+    """
+    sinks_ref, refs = (refs[0], refs[1:]) if spec.sinks else (None, refs)
+    kv_hbm, out_ref, buffers, q_diagonal, top_ref, sum_ref, acc_ref, turn_ref, semaphores = refs
+    size, width, dtype = block.page_size, stacks.width, q_ref.dtype
+    chunk_number = pl.program_id(0)
+    num_rows, first_page = limits_ref[0], limits_ref[1]
+    state = _Softmax(spec, top_ref, sum_ref, acc_ref, dtype)
 
-    def extent(row):
-        """first page, number of pages"""
+    def seen_pages(row: Array) -> tuple[Any, Array]:
+        """The first page that the row's token sees something of, and how many there are."""
         end = lens_ref[row]
-        last = _div(end + (size - 1), size)
+        last = divide(end + (size - 1), size)
         if spec.window is None:
             return 0, last
-        first = _div(jnp.maximum(end - spec.window, 0), size)
+        first = divide(jnp.maximum(end - spec.window, 0), size)
         return first, last - first
 
-    def start_block(row, index, slot):
-        first, count = extent(row)
-        first = first + index * block.num_pages
-        count = jnp.minimum(count - index * block.num_pages, block.num_pages)
-        at = row * pages_a_row + first
+    def start_block(row: Any, index: Any, slot: Any) -> None:
+        first, count = seen_pages(row)
+        before = index * block.num_pages
+        at = row * table_width + first + before
         block.start(
             kv_hbm,
             buffers,
             semaphores,
             slot,
-            lambda page: first_page_of_layer + table_ref[at + page],
-            count,
+            lambda page: first_page + table_ref[at + page],
+            jnp.minimum(count - before, block.num_pages),
         )
 
-    @pl.when(step == 0)
-    def _():
-        state_ref[0] = 0
+    @pl.when((chunk_number == 0) & (num_rows > 0))
+    def _() -> None:
+        turn_ref[0] = 0
+        start_block(0, 0, 0)
 
-        @pl.when(num_rows > 0)
-        def _():
-            start_block(0, 0, 0)
+    def attend(slot: Array, first: Any, count: int, bounds: tuple[Any, Any] | None) -> None:
+        """Attend to `count` tokens of a buffer from `first`, to those within `bounds`."""
 
-    def load_units(slot, first, count):
-        """keys and values by kv head"""
-        words: dict[int, list[Array]] = {}
-
-        def row(c):
-            word, index = divmod(c, block.packing)
-            if word not in words:
-                words[word] = block.load(
-                    buffers, slot, word, first, count, dtype, interpret=interpret
+        def logits(at: Any) -> tuple[BlockRows, list[Array]]:
+            rows = BlockRows(block, buffers, slot, at, tiles.unit, dtype, interpret=interpret)
+            return rows, [
+                state.logits(
+                    q_diagonal[stack], _beside([rows.key(head) for head in stacks.heads(stack)])
                 )
-            return words[word][index]
+                for stack in range(stacks.count)
+            ]
 
-        return row
+        starts = [first + offset for offset in range(0, count, tiles.unit)]
+        ahead = logits(starts[0])
+        for number, at in enumerate(starts):
+            rows, scores = ahead
+            if number + 1 < len(starts):
+                ahead = logits(starts[number + 1])
+            seen = value_seen = None
+            if bounds is not None:
+                seen = _within(bounds, at, (1, tiles.unit))
+                value_seen = _within(bounds, at, (tiles.unit, 1))
+            weights = [state.update(stack, score, seen) for stack, score in enumerate(scores)]
+            for stack, (weight, decay) in enumerate(weights):
+                values = _beside([rows.value(head) for head in stacks.heads(stack)])
+                if value_seen is not None:  # 0 * NaN is NaN
+                    values = jnp.where(value_seen, values, jnp.zeros_like(values))
+                state.add(stack, weight, decay, values)
 
-    def stack_of(row, stack, what):
-        cols = []
-        for j in range(side):
-            head = min(stack * side + j, heads.num_kv_heads - 1)
-            cols.append(row(head if packed else 2 * head + what))
-        return cols[0] if side == 1 else jnp.concatenate(cols, axis=1)
-
-    def logits(slot, first, count):
-        row = load_units(slot, first, count)
-        out = []
-        for stack in range(heads.num_stacks):
-            k = stack_of(row, stack, 0)
-            s = lax.dot_general(
-                qd_ref[stack],
-                k,
-                (((1,), (1,)), ((), ())),
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            )
-            out.append(s)
-        return out, row
-
-    def softmax(s, seen):
-        out = []
-        for stack in range(heads.num_stacks):
-            x = s[stack]
-            if spec.soft_cap is not None:
-                x = jnp.tanh(x * (spec.scale / spec.soft_cap)) * (spec.soft_cap * LOG2E)
-            else:
-                x = x * (spec.scale * LOG2E)
-            if seen is not None:
-                x = jnp.where(seen, x, NEVER)
-            old = top_ref[stack]
-            new = jnp.maximum(old, jnp.max(x, axis=1, keepdims=True))
-            top_ref[stack] = new
-            decay = jnp.exp2(old - new)
-            p = jnp.exp2(x - _lanes(new, x.shape[1]))
-            total = sum_ref[stack] * decay
-            for i in range(0, x.shape[1], LANES):
-                total += p[:, i : i + LANES]
-            sum_ref[stack] = total
-            out.append((p.astype(dtype), decay))
-        return out
-
-    def values(weights, row, seen):
-        for stack, (p, decay) in enumerate(weights):
-            v = stack_of(row, stack, 1)
-            if seen is not None:
-                v = jnp.where(seen, v, jnp.zeros_like(v))
-            pv = jnp.dot(p, v, precision=precision, preferred_element_type=jnp.float32)
-            acc_ref[stack] = acc_ref[stack] * _lanes(decay, pv.shape[1]) + pv
-
-    def attend_whole(slot):
-        units = range(0, block.num_tokens, tiles.unit)
-        pending = logits(slot, 0, tiles.unit)
-        for first in units:
-            s, row = pending
-            if first + tiles.unit < block.num_tokens:
-                pending = logits(slot, first + tiles.unit, tiles.unit)
-            values(softmax(s, None), row, None)
-
-    def attend_edges(slot, low, high):
-        @pl.loop(0, pl.cdiv(high, tiles.edge))
-        def _(index):
-            first = index * tiles.edge
-            s, row = logits(slot, first, tiles.edge)
-            at = first + lax.broadcasted_iota(jnp.int32, (1, tiles.edge), 1)
-            seen = (at >= low) & (at < high)
-            at = first + lax.broadcasted_iota(jnp.int32, (tiles.edge, 1), 0)
-            seen_v = (at >= low) & (at < high)
-            values(softmax(s, seen), row, seen_v)
-
-    def do_row(local, _):
-        row = step * chunk + local
+    def do_row(number: Array, _: None) -> None:
+        row = chunk_number * chunk + number
         end = lens_ref[row]
-        first_page, num_pages = extent(row)
-        num_blocks = _div(num_pages + (block.num_pages - 1), block.num_pages)
-        for stack in range(heads.num_stacks):
-            x = q_ref[local, stack]
-            if side > 1:
-                x = jnp.concatenate([x] * side, axis=1)
-                at = lax.broadcasted_iota(jnp.int32, x.shape, 0) // heads.group
-                col = lax.broadcasted_iota(jnp.int32, x.shape, 1) // width
-                x = jnp.where(at == col, x, jnp.zeros_like(x))
-            qd_ref[stack] = x
-        if sinks_ref is None:
-            top_ref[...] = jnp.full_like(top_ref, NEVER)
-            sum_ref[...] = jnp.zeros_like(sum_ref)
-        else:
-            top_ref[...] = sinks_ref[...]
-            sum_ref[...] = jnp.full_like(sum_ref, 1 / LANES)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
-        turn = state_ref[0]
+        row_first_page, num_pages = seen_pages(row)
+        num_blocks = divide(num_pages + (block.num_pages - 1), block.num_pages)
+        turn = turn_ref[0]
+        for stack in range(stacks.count):
+            query = _beside([q_ref[number, stack]] * stacks.side)
+            is_own = _own_columns(stacks, query.shape)
+            q_diagonal[stack] = jnp.where(is_own, query, jnp.zeros_like(query))
+        state.clear(sinks_ref)
 
-        def do_block(index, _):
+        def do_block(index: Array, _: None) -> None:
             slot = (turn + index) & 1
+            is_last = index + 1 == num_blocks
+            next_row = jnp.where(is_last, row + 1, row)
 
-            @pl.when(index + 1 < num_blocks)
-            def _():
-                start_block(row, index + 1, 1 - slot)
+            @pl.when(next_row < num_rows)
+            def _() -> None:
+                start_block(next_row, jnp.where(is_last, 0, index + 1), 1 - slot)
 
-            @pl.when((index + 1 == num_blocks) & (row + 1 < num_rows))
-            def _():
-                start_block(row + 1, 0, 1 - slot)
-
-            pages_before = index * block.num_pages
-            count = jnp.minimum(num_pages - pages_before, block.num_pages)
+            before = index * block.num_pages
+            count = jnp.minimum(num_pages - before, block.num_pages)
             block.wait(kv_hbm, buffers, semaphores, slot, count)
-            base = (first_page + pages_before) * size
-            high = jnp.minimum(end - base, block.num_tokens)
-            low = 0 if spec.window is None else end - spec.window - base
-            whole = (low <= 0) & (high == block.num_tokens)
+            token = (row_first_page + before) * size  # the buffer's first one
+            high = jnp.minimum(end - token, block.num_tokens)
+            low = 0 if spec.window is None else end - spec.window - token
+            is_whole = (low <= 0) & (high == block.num_tokens)
 
-            @pl.when(whole)
-            def _():
-                attend_whole(slot)
+            @pl.when(is_whole)
+            def _() -> None:
+                attend(slot, 0, block.num_tokens, None)
 
-            @pl.when(jnp.logical_not(whole))
-            def _():
-                attend_edges(slot, low, high)
+            @pl.when(jnp.logical_not(is_whole))
+            def _() -> None:
+                @pl.loop(0, divide(high + (tiles.edge - 1), tiles.edge))
+                def _(step: Array) -> None:
+                    attend(slot, step * tiles.edge, tiles.edge, (low, high))
 
         lax.fori_loop(0, num_blocks, do_block, None)
-        state_ref[0] = (turn + num_blocks) & 1
-        for stack in range(heads.num_stacks):
-            total = jnp.sum(sum_ref[stack], axis=1, keepdims=True)
-            acc = acc_ref[stack]
-            x = acc[:, :width]
-            at = lax.broadcasted_iota(jnp.int32, x.shape, 0) // heads.group
-            for j in range(1, side):
-                x = jnp.where(at == j, acc[:, j * width : (j + 1) * width], x)
-            out_ref[local, stack] = (x / total).astype(dtype)
+        turn_ref[0] = (turn + num_blocks) & 1
+        for stack in range(stacks.count):
+            out = state.result(stack)  # [rows, side * W], of which a row's head has W
+            own = out[:, :width]
+            kv_head = lax.broadcasted_iota(jnp.int32, own.shape, 0) // stacks.group
+            for head in range(1, stacks.side):
+                own = jnp.where(kv_head == head, out[:, head * width : (head + 1) * width], own)
+            out_ref[number, stack] = own.astype(dtype)
 
-    lax.fori_loop(0, jnp.minimum(chunk, num_rows - step * chunk), do_row, None)
+    lax.fori_loop(0, jnp.minimum(chunk, num_rows - chunk_number * chunk), do_row, None)
+
+
+class _Softmax:
+    """The online softmax of one row of the batch, its state in VMEM.
+
+    A stack's largest logit `top` and the sum of its weights are [rows, 128]: the largest in all
+    lanes, the sum spread over them.
+    """
+
+    def __init__(self, spec: AttentionSpec, top: Any, total: Any, acc: Any, dtype: Any) -> None:
+        self._spec, self._top, self._total, self._acc = spec, top, total, acc
+        self._dtype = dtype
+        self._precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+    def clear(self, sinks_ref: Any) -> None:
+        """Begin a row: with nothing seen, or with the sinks' logits."""
+        if sinks_ref is None:
+            self._top[...] = jnp.full_like(self._top, NEVER)
+            self._total[...] = jnp.zeros_like(self._total)
+        else:
+            self._top[...] = sinks_ref[...]
+            self._total[...] = jnp.full_like(self._total, 1 / LANES)
+        self._acc[...] = jnp.zeros_like(self._acc)
+
+    def logits(self, queries: Array, keys: Array) -> Array:
+        """[rows, columns], [tokens, columns] -> [rows, tokens], not scaled."""
+        return lax.dot_general(
+            queries,
+            keys,
+            (((1,), (1,)), ((), ())),
+            precision=self._precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    def update(self, stack: int, logits: Array, seen: Array | None) -> tuple[Array, Array]:
+        """Weights [rows, tokens] of a unit, and by how much those before it shrink [rows, 128]."""
+        scale, cap = self._spec.scale, self._spec.soft_cap
+        if cap is None:
+            logits = logits * (scale * LOG2E)
+        else:
+            logits = jnp.tanh(logits * (scale / cap)) * (cap * LOG2E)
+        if seen is not None:
+            logits = jnp.where(seen, logits, NEVER)
+        before = self._top[stack]
+        top = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
+        self._top[stack] = top
+        decay = jnp.exp2(before - top)
+        weights = jnp.exp2(logits - _lanes(top, logits.shape[1]))
+        total = self._total[stack] * decay
+        for first in range(0, weights.shape[1], LANES):
+            total += weights[:, first : first + LANES]
+        self._total[stack] = total
+        return weights.astype(self._dtype), decay
+
+    def add(self, stack: int, weights: Array, decay: Array, values: Array) -> None:
+        """Add weighted values [tokens, columns]."""
+        added = jnp.dot(
+            weights, values, precision=self._precision, preferred_element_type=jnp.float32
+        )
+        self._acc[stack] = self._acc[stack] * _lanes(decay, added.shape[1]) + added
+
+    def result(self, stack: int) -> Array:
+        """The weighted mean of the values, [rows, columns] float32."""
+        return self._acc[stack] / jnp.sum(self._total[stack], axis=1, keepdims=True)
+
+
+def _own_columns(stacks: _Stacks, shape: tuple[int, ...]) -> Array:
+    """Where the columns [rows, side * W] belong to the kv head of the row."""
+    row = lax.broadcasted_iota(jnp.int32, shape, 0)
+    column = lax.broadcasted_iota(jnp.int32, shape, 1)
+    return row // stacks.group == column // stacks.width
+
+
+def _within(bounds: tuple[Any, Any], first: Any, shape: tuple[int, int]) -> Array:
+    """Which tokens from `first` on lie within bounds, along the axis that is not 1."""
+    low, high = bounds
+    token = first + lax.broadcasted_iota(jnp.int32, shape, 0 if shape[1] == 1 else 1)
+    return (token >= low) & (token < high)
+
+
+def _beside(arrays: list[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
 
 
 def _lanes(x: Array, width: int) -> Array:
-    if width <= LANES:
-        return x[:, :width]
+    """x [rows, 128], the same in all lanes, for `width` of them."""
     return jnp.concatenate([x] * (width // LANES), axis=1)

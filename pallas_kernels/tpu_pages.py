@@ -3,13 +3,14 @@
 A block is a number of pages of one row of the batch, one after the other. It is copied page by page
 from HBM to one of two buffers while the other one is worked on.
 
-A 32-bit register holds `packing` neighbouring rows of a token (of the page's C axis): bfloat16's
-key and value of a head, for one. So in VMEM a token is `words` rows of 32 bits, and a head of many
-tokens is a strided load of such rows, eight tokens at a time, taken apart with shifts. Loading it
-by its index in C instead makes the compiler shuffle sublanes (18,991 cycles against 5,296 for a
-block of 1024 tokens on v5e, by its schedule).
+In VMEM a 32-bit word holds `packing` neighbouring rows of a token (of a page's C axis): a bfloat16
+key and its value, say. So a token is `words` rows of words, and one head of many tokens is a strided
+load of such rows, eight tokens at a time, taken apart with shifts. Loading a head by its index in C
+instead makes the compiler shuffle sublanes: 18,991 cycles for 1024 tokens of 8 heads against 5,296
+in an early version of the decode kernel, by the compiler's schedule for v5e.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kv_write import LANES, PageLayout
 
-_BANKS = 32  # of VMEM, a row of 128 words each
-_ROWS_IN_FLIGHT = 24  # of strided loads, that should lie in different banks
+_BANKS = 32  # of VMEM, for rows of 128 words
+_ROWS_AT_ONCE = 24  # three strided loads of eight rows a cycle: each in a bank of its own
+_COPIES_UNROLLED = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageBlock:
-    """The geometry of a block of pages. Static."""
+    """The geometry of a block of pages. Static.
+
+    Methods that start, await and load take `buffers`, two blocks of VMEM that `scratch` asks for,
+    and the number of one of them, `slot`.
+    """
 
     layout: PageLayout  # "pairs" or "packed"
     dtype: jax.typing.DTypeLike  # of the cache
@@ -43,46 +49,43 @@ class PageBlock:
 
     @property
     def width(self) -> int:
+        """Columns of a row: a multiple of 128."""
         return self.layout.page[2]
 
     @property
     def packing(self) -> int:
-        """Rows of the C axis in a 32-bit word."""
+        """Rows of the C axis in a word."""
         return 4 // jnp.dtype(self.dtype).itemsize
 
     @property
     def words(self) -> int:
-        """32-bit rows of a token."""
+        """Rows of words in a token."""
         return self.layout.page[1] // self.packing
 
     @property
     def stride(self) -> int:
-        """32-bit rows from a token to the next in VMEM: `words`, or one more, which stays unused.
-
-        The rows of one strided load would else lie in few banks of VMEM.
+        """Rows of words from a token to the next in VMEM: one more than `words` where the rows of
+        a strided load would otherwise lie in the same few banks.
         """
-        words, folds = self.words, self.width // LANES
-        banks = {index * words * folds % _BANKS for index in range(_ROWS_IN_FLIGHT)}
-        return words if words == 1 or len(banks) == _ROWS_IN_FLIGHT else words + 1
+        banks = {index * self.words % _BANKS for index in range(_ROWS_AT_ONCE)}
+        return self.words + (self.words > 1 and len(banks) < _ROWS_AT_ONCE)
 
     @property
-    def buffers(self) -> pltpu.VMEM:
-        """Two blocks: the scratch memory that the functions here take as `buffers`."""
+    def scratch(self) -> Any:
+        """The scratch shape of `buffers`."""
         shape = (2, self.num_tokens, self.stride, self.packing, self.width)
         return pltpu.VMEM(shape, jnp.dtype(self.dtype))
 
     @property
     def num_bytes(self) -> int:
-        """VMEM that `buffers` takes."""
+        """VMEM that `buffers` take."""
         return 2 * self.num_tokens * self.stride * self.width * 4
 
     def view(self, kv_pages: Array) -> Array:
-        """The cache as the kernel wants it, [L * num_pages, page_size, words, packing, W].
-
-        It is the same bytes in the same order, so no copy.
+        """The cache `[L * num_pages, page_size, C, W]` as a kernel takes it, in words:
+        [L * num_pages, page_size, words, packing, W]. The bytes are the same, so it is no copy.
         """
-        shape = (-1, self.page_size, self.words, self.packing, self.width)
-        return kv_pages.reshape(shape)
+        return kv_pages.reshape(-1, self.page_size, self.words, self.packing, self.width)
 
     def start(
         self,
@@ -90,24 +93,37 @@ class PageBlock:
         buffers: Any,
         semaphores: Any,  # DMA, [2]
         slot: Array,
-        page_of: Any,  # index of a page in the block -> row of kv_hbm
-        count: Array,  # of pages to copy, 1 ... num_pages
+        page_of: Callable[[Any], Any],  # the page of kv_hbm that is the block's index-th
+        count: Array,
     ) -> None:
-        """Start to copy the first `count` pages of a block; the rest of the buffer is left."""
-        self._each(
-            count,
-            lambda index: self._copy(
-                kv_hbm.at[page_of(index)], buffers, semaphores, slot, index
-            ).start(),
-        )
+        """Start to copy a block's first `count` pages, of 1 ... num_pages, to a buffer.
+
+        What lies behind them in the buffer stays: what was there before, or never written.
+        """
+
+        def start_page(index: Any) -> None:
+            page = kv_hbm.at[page_of(index)]
+            self._copy(page, buffers, semaphores, slot, index).start()
+
+        step = min(self.num_pages, _COPIES_UNROLLED)
+        num_steps = divide(count, step)
+
+        @pl.loop(0, num_steps)
+        def _(number: Array) -> None:
+            for index in range(step):
+                start_page(number * step + index)
+
+        @pl.loop(num_steps * step, count)
+        def _(index: Array) -> None:
+            start_page(index)
 
     def wait(self, kv_hbm: Any, buffers: Any, semaphores: Any, slot: Array, count: Array) -> None:
-        """Wait for the pages that `start` began to copy to `slot`."""
+        """Wait for the `count` pages that `start` began to copy to a buffer."""
 
         @pl.when(count == self.num_pages)
-        def _() -> None:
-            whole = buffers.at[slot, :, pl.ds(0, self.words)]
-            pltpu.make_async_copy(whole, whole, semaphores.at[slot]).wait()
+        def _() -> None:  # a semaphore counts bytes: one wait for all the pages
+            block = buffers.at[slot, :, pl.ds(0, self.words)]
+            pltpu.make_async_copy(block, block, semaphores.at[slot]).wait()
 
         @pl.when(count < self.num_pages)
         def _() -> None:
@@ -115,60 +131,95 @@ class PageBlock:
             def _(index: Array) -> None:
                 self._copy(kv_hbm.at[0], buffers, semaphores, slot, index).wait()
 
-    def _each(self, count: Array, do: Any) -> None:
-        """do(index) for each index below `count`, unrolled if the block is full."""
-
-        @pl.when(count == self.num_pages)
-        def _() -> None:
-            for index in range(self.num_pages):
-                do(index)
-
-        @pl.when(count < self.num_pages)
-        def _() -> None:
-            @pl.loop(0, count)
-            def _(index: Array) -> None:
-                do(index)
-
-    def _copy(self, page: Any, buffers: Any, semaphores: Any, slot: Any, index: Any) -> Any:
-        first = index * self.page_size
-        to = buffers.at[slot, pl.ds(first, self.page_size), pl.ds(0, self.words)]
+    def _copy(self, page: Any, buffers: Any, semaphores: Any, slot: Array, index: Any) -> Any:
+        tokens = pl.ds(index * self.page_size, self.page_size)
+        to = buffers.at[slot, tokens, pl.ds(0, self.words)]
         return pltpu.make_async_copy(page, to, semaphores.at[slot])
 
     def load(
+        self, buffers: Any, slot: Any, word: int, first: Any, count: int, *, interpret: bool
+    ) -> list[Array]:
+        """Rows `word * packing ...` of C of `count` tokens from `first`: `packing` arrays [count, W].
+
+        They have the cache's dtype. With `interpret` they are plain loads, as Pallas' interpreter
+        has no reshaped references: the same values by other instructions.
+        """
+        if interpret:
+            tokens = pl.ds(first, count)
+            return [buffers[slot, tokens, word, index, :] for index in range(self.packing)]
+        folds = self.width // LANES
+        rows = buffers.bitcast(jnp.uint32).at[slot].reshape(-1, LANES)
+        step = self.stride * folds
+        parts = [
+            rows[pl.ds(first * step + word * folds + fold, count, stride=step), :]
+            for fold in range(folds)
+        ]
+        words = parts[0] if folds == 1 else jnp.concatenate(parts, axis=1)  # [count, W]
+        return [_element(words, index, self.dtype) for index in range(self.packing)]
+
+
+def _element(words: Array, index: int, dtype: jax.typing.DTypeLike) -> Array:
+    """Element `index` of words, from the lowest bits on."""
+    bits = 8 * jnp.dtype(dtype).itemsize
+    if bits < 32:
+        words = (words >> (bits * index)).astype(f"uint{bits}")
+    return pltpu.bitcast(words, jnp.dtype(dtype))
+
+
+class BlockRows:
+    """Keys and values of the heads of some tokens of a block, each word loaded once."""
+
+    def __init__(
         self,
+        block: PageBlock,
         buffers: Any,
         slot: Any,
-        word: int,
         first: Any,  # token of the block
         count: int,
         dtype: jax.typing.DTypeLike,
         *,
         interpret: bool,
-    ) -> list[Array]:
-        """Rows `word * packing ...` of the C axis of `count` tokens: packing arrays [count, W].
+    ) -> None:
+        self._block, self._dtype, self._interpret = block, jnp.dtype(dtype), interpret
+        self._where = (buffers, slot)
+        self._tokens = (first, count)
+        self._words: dict[int, list[Array]] = {}
 
-        `interpret` takes plain loads, as Pallas' interpreter has no reshaped references: the same
-        values by another instruction.
-        """
-        if interpret:
-            tokens = pl.ds(first, count)
-            return [
-                buffers[slot, tokens, word, index, :].astype(dtype) for index in range(self.packing)
-            ]
-        folds = self.width // LANES
-        rows = buffers.bitcast(jnp.uint32).at[slot].reshape(-1, LANES)
-        parts = []
-        for fold in range(folds):
-            at = (first * self.stride + word) * folds + fold
-            parts.append(rows[pl.ds(at, count, stride=self.stride * folds), :])
-        words = parts[0] if folds == 1 else jnp.concatenate(parts, axis=1)  # [count, W]
-        return [_element(words, index, self.dtype).astype(dtype) for index in range(self.packing)]
+    def key(self, head: int) -> Array:
+        """[count, W]; a packed layout has the value in the right half of it."""
+        return self._row(head if self._is_packed else 2 * head)
+
+    def value(self, head: int) -> Array:
+        """[count, W]; a packed layout has the key in the left half of it."""
+        return self._row(head if self._is_packed else 2 * head + 1)
+
+    @property
+    def _is_packed(self) -> bool:
+        return self._block.layout.kind == "packed"
+
+    def _row(self, row: int) -> Array:
+        word, index = divmod(row, self._block.packing)
+        if word not in self._words:
+            self._words[word] = self._block.load(
+                *self._where, word, *self._tokens, interpret=self._interpret
+            )
+        return operand(self._words[word][index], self._dtype, interpret=self._interpret)
 
 
-def _element(words: Array, index: int, dtype: jax.typing.DTypeLike) -> Array:
-    """Element `index` of 32-bit words, from the lowest bits on."""
-    bits = 8 * jnp.dtype(dtype).itemsize
-    if bits == 32:
-        return pltpu.bitcast(words, jnp.dtype(dtype))
-    narrow = (words >> (bits * index)).astype(f"uint{bits}")
-    return pltpu.bitcast(narrow, jnp.dtype(dtype))
+def operand(x: Array, dtype: jnp.dtype, *, interpret: bool) -> Array:
+    """Keys or values in the form in which they multiply arrays of `dtype`.
+
+    The matrix unit takes 8-bit floats beside bfloat16. To convert them on the vector units first
+    costs v6e 4,900 cycles for 1024 tokens of 8 heads, instead of 1,390 in all.
+    """
+    is_float8 = x.dtype.itemsize == 1 and jnp.issubdtype(x.dtype, jnp.floating)
+    if is_float8 and dtype == jnp.bfloat16 and not interpret:
+        return x
+    return x.astype(dtype)
+
+
+def divide(x: Any, by: int) -> Any:
+    """x // by for x >= 0; a shift for a power of two."""
+    if by & (by - 1) == 0:
+        return x >> (by.bit_length() - 1)
+    return lax.div(x, by)
