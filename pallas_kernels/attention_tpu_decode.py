@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.kv_write import LANES, page_layout
-from pallas_kernels.tpu_pages import BlockRows, PageBlock, divide
+from pallas_kernels.tpu_pages import BlockRows, PageBlock, PageLists, divide, interpreter
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 NEVER = -1e30  # the logit of what is not seen: finite, as inf - inf is NaN
@@ -120,7 +120,7 @@ def attend_decode(
     """
     tiles = tiles or default_tiles(spec, backend)
     kv, layout = spec.kv, page_layout(spec.kv, backend)
-    num_rows, table_width = pages.page_table.shape
+    num_rows = pages.kv_lens.shape[0]
     width = layout.page[2]
     wide = backend.chip.tpu_generation in ("v6e", "tpu7x")
     stacks = _Stacks.of(spec, width, mxu_size=256 if wide else 128)
@@ -134,7 +134,7 @@ def attend_decode(
     inputs = [queries]
     shape = (chunk, *queries.shape[1:])
 
-    def chunk_of(step: Array, _table: Any, _lens: Any, limits: Any) -> tuple[Any, ...]:
+    def chunk_of(step: Array, _lens: Any, limits: Any) -> tuple[Any, ...]:
         last = jnp.maximum(limits[0] - 1, 0) // chunk  # steps after it move nothing
         return jnp.minimum(step, last), 0, 0, 0
 
@@ -143,8 +143,8 @@ def attend_decode(
         logits = stacks.fold(sinks.astype(jnp.float32)[None, :, None] * LOG2E)[0]
         inputs.append(jnp.broadcast_to(logits, (*logits.shape[:2], LANES)))
         in_specs.append(pl.BlockSpec(inputs[-1].shape, lambda *_: (0, 0, 0)))
-    inputs.append(block.view(kv_pages))
-    in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
+    inputs += [pages.page_table, block.view(kv_pages)]
+    in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2
 
     state = (stacks.count, stacks.rows)
     limits = [pages.num_decode_rows, jnp.asarray(layer, jnp.int32) * pages.num_pages]
@@ -155,17 +155,17 @@ def attend_decode(
         block=block,
         tiles=tiles,
         chunk=chunk,
-        table_width=table_width,
         interpret=backend.interpret,
     )
     out = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=2,
             grid=(pl.cdiv(num_rows, chunk),),
             in_specs=in_specs,
             out_specs=pl.BlockSpec(shape, chunk_of),
             scratch_shapes=[
+                *PageLists.scratch(pages.page_table),
                 block.scratch,
                 pltpu.VMEM((*state, stacks.side * width), q.dtype),
                 pltpu.VMEM((*state, LANES), jnp.float32),
@@ -181,15 +181,14 @@ def attend_decode(
             disable_bounds_checks=True,
             vmem_limit_bytes=_VMEM_BYTES,
         ),
-        interpret=pltpu.InterpretParams(detect_races=True) if backend.interpret else False,
+        interpret=interpreter(backend),
         name="paged_decode",
-    )(pages.page_table.reshape(-1), pages.kv_lens, jnp.stack(limits), *inputs)
+    )(pages.kv_lens, jnp.stack(limits), *inputs)
     first = kv.head_dim if layout.kind == "packed" else 0
     return stacks.unfold(out, spec.group)[..., first : first + kv.head_dim]
 
 
 def _kernel(
-    table_ref: Any,  # SMEM [B * table_width]
     lens_ref: Any,  # SMEM [B]
     limits_ref: Any,  # SMEM: number of decode rows, first page of the layer
     q_ref: Any,  # [chunk, stacks, rows, W]
@@ -199,14 +198,15 @@ def _kernel(
     block: PageBlock,
     tiles: DecodeTiles,
     chunk: int,
-    table_width: int,
     interpret: bool,
 ) -> None:
     """The rows of one chunk. The blocks of all rows are one sequence of copies, which runs a block
     ahead of the work on them, across rows and chunks.
     """
     sinks_ref, refs = (refs[0], refs[1:]) if spec.sinks else (None, refs)
-    kv_hbm, out_ref, buffers, q_diagonal, top_ref, sum_ref, acc_ref, turn_ref, semaphores = refs
+    table_hbm, kv_hbm, out_ref, lists, list_semaphores, *refs = refs
+    buffers, q_diagonal, top_ref, sum_ref, acc_ref, turn_ref, semaphores = refs
+    tables = PageLists(table_hbm, lists, list_semaphores)
     size, width, dtype = block.page_size, stacks.width, q_ref.dtype
     chunk_number = pl.program_id(0)
     num_rows, first_page = limits_ref[0], limits_ref[1]
@@ -224,19 +224,25 @@ def _kernel(
     def start_block(row: Any, index: Any, slot: Any) -> None:
         first, count = seen_pages(row)
         before = index * block.num_pages
-        at = row * table_width + first + before
         block.start(
             kv_hbm,
             buffers,
             semaphores,
             slot,
-            lambda page: first_page + table_ref[at + page],
+            lambda page: first_page + tables.page(row, first + before + page),
             jnp.minimum(count - before, block.num_pages),
         )
 
     @pl.when((chunk_number == 0) & (num_rows > 0))
     def _() -> None:
         turn_ref[0] = 0
+        tables.start(0)
+
+        @pl.when(num_rows > 1)
+        def _() -> None:
+            tables.start(1)
+
+        tables.wait(0)
         start_block(0, 0, 0)
 
     def attend(slot: Array, first: Any, count: int, bounds: tuple[Any, Any] | None) -> None:
@@ -274,6 +280,11 @@ def _kernel(
         row_first_page, num_pages = seen_pages(row)
         num_blocks = divide(num_pages + (block.num_pages - 1), block.num_pages)
         turn = turn_ref[0]
+
+        @pl.when(row + 2 < num_rows)  # the next row's list is under way
+        def _() -> None:
+            tables.start(row + 2)
+
         for stack in range(stacks.count):
             query = _beside([q_ref[number, stack]] * stacks.side)
             is_own = _own_columns(stacks, query.shape)
@@ -284,6 +295,10 @@ def _kernel(
             slot = (turn + index) & 1
             is_last = index + 1 == num_blocks
             next_row = jnp.where(is_last, row + 1, row)
+
+            @pl.when(is_last & (next_row < num_rows))
+            def _() -> None:
+                tables.wait(next_row)
 
             @pl.when(next_row < num_rows)
             def _() -> None:

@@ -4,10 +4,10 @@ A block is a number of pages of one row of the batch, one after the other. It is
 from HBM to one of two buffers while the other one is worked on.
 
 In VMEM a 32-bit word holds `packing` neighbouring rows of a token (of a page's C axis): a bfloat16
-key and its value, say. So a token is `words` rows of words, and one head of many tokens is a strided
-load of such rows, eight tokens at a time, taken apart with shifts. Loading a head by its index in C
-instead makes the compiler shuffle sublanes: 18,991 cycles for 1024 tokens of 8 heads against 5,296
-in an early version of the decode kernel, by the compiler's schedule for v5e.
+key and its value, say. So a token is `words` rows of words, and one head of many tokens is a
+strided load of such rows, eight tokens at a time, taken apart with shifts. Loading a head by its
+index in C instead makes the compiler shuffle sublanes: 18,991 cycles for 1024 tokens of 8 heads
+against 5,296 in an early version of the decode kernel, by the compiler's schedule for v5e.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.backend import Backend
 from pallas_kernels.kv_write import LANES, PageLayout
 
 _BANKS = 32  # of VMEM, for rows of 128 words
@@ -139,9 +140,9 @@ class PageBlock:
     def load(
         self, buffers: Any, slot: Any, word: int, first: Any, count: int, *, interpret: bool
     ) -> list[Array]:
-        """Rows `word * packing ...` of C of `count` tokens from `first`: `packing` arrays [count, W].
+        """Rows `word * packing` ... of C of `count` tokens from `first`.
 
-        They have the cache's dtype. With `interpret` they are plain loads, as Pallas' interpreter
+        That is `packing` arrays [count, W] of the cache's dtype. With `interpret` they are plain loads, as Pallas' interpreter
         has no reshaped references: the same values by other instructions.
         """
         if interpret:
@@ -216,6 +217,49 @@ def operand(x: Array, dtype: jnp.dtype, *, interpret: bool) -> Array:
     if is_float8 and dtype == jnp.bfloat16 and not interpret:
         return x
     return x.astype(dtype)
+
+
+class PageLists:
+    """The page tables of a few rows in SMEM, copied in ahead of their use.
+
+    The whole table may not fit: SMEM has 1 MiB, which 256 rows of 32k tokens in pages of 32 fill.
+    Rows are taken in order; `RING` of them, one after the other, can be there at a time.
+    """
+
+    RING = 4  # a power of two
+
+    def __init__(self, table_hbm: Any, lists: Any, semaphores: Any) -> None:
+        """References: the page table [B, P] in HBM, and what `scratch` made."""
+        self._table, self._lists, self._semaphores = table_hbm, lists, semaphores
+
+    @classmethod
+    def scratch(cls, page_table: Array) -> list[Any]:
+        """Scratch shapes of `lists` and `semaphores`."""
+        lists = pltpu.SMEM((cls.RING, page_table.shape[1]), jnp.int32)
+        return [lists, pltpu.SemaphoreType.DMA((cls.RING,))]
+
+    def start(self, row: Any) -> None:
+        """Start to copy a row's list. That of `row - RING` is lost."""
+        self._copy(row).start()
+
+    def wait(self, row: Any) -> None:
+        """Wait for it."""
+        self._copy(row).wait()
+
+    def page(self, row: Any, index: Any) -> Any:
+        """The id of the row's index-th page within a layer."""
+        return self._lists[row & (self.RING - 1), index]
+
+    def _copy(self, row: Any) -> Any:
+        slot = row & (self.RING - 1)
+        return pltpu.make_async_copy(
+            self._table.at[row], self._lists.at[slot], self._semaphores.at[slot]
+        )
+
+
+def interpreter(backend: Backend) -> Any:
+    """What `pallas_call` takes as `interpret`."""
+    return pltpu.InterpretParams(detect_races=True) if backend.interpret else False
 
 
 def divide(x: Any, by: int) -> Any:
