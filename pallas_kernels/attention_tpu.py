@@ -44,6 +44,4 @@ def attend_tpu(
     out = jnp.pad(out, ((0, num_tokens - out.shape[0]), (0, 0), (0, 0)))
     token = lax.broadcasted_iota(jnp.int32, (num_tokens, 1, 1), 0)
     out = jnp.where(token < pages.num_decode_rows, out, jnp.zeros_like(out))
-    return attend_mixed(
-        q, out, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks
-    )
+    return attend_mixed(q, out, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)

@@ -143,7 +143,8 @@ def attend_decode(
         logits = stacks.fold(sinks.astype(jnp.float32)[None, :, None] * LOG2E)[0]
         inputs.append(jnp.broadcast_to(logits, (*logits.shape[:2], LANES)))
         in_specs.append(pl.BlockSpec(inputs[-1].shape, lambda *_: (0, 0, 0)))
-    inputs += [pages.page_table, block.view(kv_pages)]
+    table = PageLists.padded(pages.page_table)
+    inputs += [table, block.view(kv_pages)]
     in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2
 
     state = (stacks.count, stacks.rows)
@@ -165,7 +166,7 @@ def attend_decode(
             in_specs=in_specs,
             out_specs=pl.BlockSpec(shape, chunk_of),
             scratch_shapes=[
-                *PageLists.scratch(pages.page_table),
+                *PageLists.scratch(table),
                 block.scratch,
                 pltpu.VMEM((*state, stacks.side * width), q.dtype),
                 pltpu.VMEM((*state, LANES), jnp.float32),
@@ -203,9 +204,9 @@ def _kernel(
     """The rows of one chunk. The blocks of all rows are one sequence of copies, which runs a block
     ahead of the work on them, across rows and chunks.
     """
-    sinks_ref, refs = (refs[0], refs[1:]) if spec.sinks else (None, refs)
-    table_hbm, kv_hbm, out_ref, lists, list_semaphores, *refs = refs
-    buffers, q_diagonal, top_ref, sum_ref, acc_ref, turn_ref, semaphores = refs
+    sinks_ref, *rest = refs if spec.sinks else (None, *refs)
+    table_hbm, kv_hbm, out_ref, lists, list_semaphores, *rest = rest
+    buffers, q_diagonal, top_ref, sum_ref, acc_ref, turn_ref, semaphores = rest
     tables = PageLists(table_hbm, lists, list_semaphores)
     size, width, dtype = block.page_size, stacks.width, q_ref.dtype
     chunk_number = pl.program_id(0)

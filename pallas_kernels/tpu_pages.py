@@ -142,8 +142,9 @@ class PageBlock:
     ) -> list[Array]:
         """Rows `word * packing` ... of C of `count` tokens from `first`.
 
-        That is `packing` arrays [count, W] of the cache's dtype. With `interpret` they are plain loads, as Pallas' interpreter
-        has no reshaped references: the same values by other instructions.
+        That is `packing` arrays [count, W] of the cache's dtype. With `interpret` they are plain
+        loads, as Pallas' interpreter has no reshaped references: the same values by other
+        instructions.
         """
         if interpret:
             tokens = pl.ds(first, count)
@@ -229,13 +230,19 @@ class PageLists:
     RING = 4  # a power of two
 
     def __init__(self, table_hbm: Any, lists: Any, semaphores: Any) -> None:
-        """References: the page table [B, P] in HBM, and what `scratch` made."""
+        """References: to what `padded` made, in HBM, and to what `scratch` made."""
         self._table, self._lists, self._semaphores = table_hbm, lists, semaphores
+        self._width = table_hbm.shape[1]
+
+    @staticmethod
+    def padded(page_table: Array) -> Array:
+        """A page table [B, P] with P a multiple of 128, of which copies can be made."""
+        return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % LANES)))
 
     @classmethod
     def scratch(cls, page_table: Array) -> list[Any]:
-        """Scratch shapes of `lists` and `semaphores`."""
-        lists = pltpu.SMEM((cls.RING, page_table.shape[1]), jnp.int32)
+        """Scratch shapes of `lists` and `semaphores`, for what `padded` made."""
+        lists = pltpu.SMEM((cls.RING * page_table.shape[1],), jnp.int32)
         return [lists, pltpu.SemaphoreType.DMA((cls.RING,))]
 
     def start(self, row: Any) -> None:
@@ -248,13 +255,12 @@ class PageLists:
 
     def page(self, row: Any, index: Any) -> Any:
         """The id of the row's index-th page within a layer."""
-        return self._lists[row & (self.RING - 1), index]
+        return self._lists[(row & (self.RING - 1)) * self._width + index]
 
     def _copy(self, row: Any) -> Any:
         slot = row & (self.RING - 1)
-        return pltpu.make_async_copy(
-            self._table.at[row], self._lists.at[slot], self._semaphores.at[slot]
-        )
+        to = self._lists.at[pl.ds(slot * self._width, self._width)]
+        return pltpu.make_async_copy(self._table.at[row], to, self._semaphores.at[slot])
 
 
 def interpreter(backend: Backend) -> Any:
