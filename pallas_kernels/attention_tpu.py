@@ -1,0 +1,47 @@
+"""Attention over paged KV on TPUs: decode rows by one kernel, rows of more tokens by another."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.attention_tpu_decode import attend_decode
+from pallas_kernels.attention_tpu_mixed import attend_mixed
+from pallas_kernels.backend import Backend
+from pallas_kernels.chips import Chip
+from pallas_kernels.types import AttentionSpec, PageMetadata
+
+_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")  # of a cache
+
+
+def why_not(spec: AttentionSpec, chip: Chip) -> str | None:
+    """Why these kernels cannot attend to this kind of layer on this chip, or None if they can."""
+    kv = spec.kv
+    if chip.tpu_generation is None:
+        return f"it needs a TPU of a known generation, this is {chip}"
+    if kv.kind != "heads":
+        return f"no kernel for a {kv.kind} cache in this version"
+    if jnp.dtype(kv.dtype).name not in _DTYPES:
+        return f"a cache of {jnp.dtype(kv.dtype)}: it reads {', '.join(_DTYPES)}"
+    if kv.page_size % 8 or kv.page_size > 512:
+        return f"page_size={kv.page_size}: it needs a multiple of 8 up to 512"
+    if kv.head_dim > 512:
+        return f"head_dim={kv.head_dim} is more than 512"
+    return None
+
+
+def attend_tpu(
+    q: Array,  # [T, N, H]
+    kv_pages: Array,  # [L * num_pages, page_size, C, W], with this step's tokens written
+    pages: PageMetadata,
+    layer: int | Array,
+    *,
+    spec: AttentionSpec,
+    backend: Backend,
+    sinks: Array | None = None,  # [N] float32, if spec.sinks
+) -> Array:
+    """Attention of every token to its row's tokens up to itself: [T, N, H], zeros for padding."""
+    num_tokens = q.shape[0]
+    out = attend_decode(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
+    out = jnp.pad(out, ((0, num_tokens - out.shape[0]), (0, 0), (0, 0)))
+    token = lax.broadcasted_iota(jnp.int32, (num_tokens, 1, 1), 0)
+    out = jnp.where(token < pages.num_decode_rows, out, jnp.zeros_like(out))
+    return attend_mixed(q, out, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
