@@ -44,7 +44,7 @@ def page_layout(spec: KVSpec, backend: Backend) -> PageLayout:
         return PageLayout(kind="pairs", page=(size, 2 * num_heads, width))
     sublanes = max(1, 4 // jnp.dtype(spec.dtype).itemsize)  # rows that share a 32-bit register
     if spec.kind == "latent":
-        return PageLayout(kind="latent", page=(size // sublanes, sublanes, _up(width, LANES)))
+        return PageLayout(kind="latent", page=(1, size, _up(width, LANES)))
     if 2 * width == LANES:
         return PageLayout(kind="packed", page=(size, _up(num_heads, sublanes), LANES))
     return PageLayout(kind="pairs", page=(size, _up(2 * num_heads, sublanes), _up(width, LANES)))
