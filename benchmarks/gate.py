@@ -58,6 +58,19 @@ def _attention(
     ]
 
 
+def _step(targets: str, *, num_tokens: int = 64, slow: bool = False) -> list[Gate]:
+    """Whole steps of a model with Llama-3.1-8B's layers, as many as a chip of 16 GB can hold."""
+    arguments = {"num_tokens": num_tokens, "num_layers": 16, "num_pages": 1024}
+    return [
+        Gate(
+            name=f"llama-3.1-8b step of {num_tokens} {target}",
+            job=Job.of(target, "benchmarks.programs:model_step", model="llama-3.1-8b", **arguments),
+            slow=slow,
+        )
+        for target in targets.split()
+    ]
+
+
 _DECODE: dict[str, Any] = {"num_rows": 64, "context": 2048}
 _MIXED: dict[str, Any] = {"num_rows": 64, "num_tokens": 512, "context": 2048}
 _LONG: dict[str, Any] = {"num_rows": 1, "context": 32768}
@@ -74,6 +87,7 @@ def gates() -> list[Gate]:
         *_attention("llama-3.2-1b", "v6e l4", label=" mixed", **_MIXED),
         *_attention("gpt-oss-20b/window", "v5e h100", label=" mixed", **_MIXED),
         *_attention("deepseek-v3/tp8", "v6e h100", label=" decode", **_DECODE),
+        *_step("v5e h100"),
     ]
     families = (
         "qwen3-0.6b",
@@ -88,6 +102,8 @@ def gates() -> list[Gate]:
         "deepseek-v3",
     )
     slow = [
+        *_step("v6e tpu7x b200 a100 l4", slow=True),
+        *_step("v5e h100", num_tokens=512, slow=True),
         *(
             gate
             for case in families

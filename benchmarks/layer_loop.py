@@ -30,57 +30,19 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.common import print_table, write_json  # noqa: E402
-from jaxserve.layers.kernels import XLA, Kernels, kv_pages_shape  # noqa: E402
-from jaxserve.models.llama import spec_from_config  # noqa: E402
+from benchmarks.model_step import MODELS, model_step  # noqa: E402
+from jaxserve.layers.kernels import XLA  # noqa: E402
 from jaxserve.runner.batch import Layout  # noqa: E402
 from jaxserve.runner.executables import COMPILER_OPTIONS  # noqa: E402
-from jaxserve.runner.model import split_model  # noqa: E402
 from jaxserve.runner.row_state import RowShapes  # noqa: E402
-from jaxserve.runner.step import DeviceState, make_step  # noqa: E402
 from pallas_kernels import aot  # noqa: E402
-
-NUM_PAGES = 2048
-MODELS = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-}
 
 
 def build(model: str, target: str, num_tokens: int, *, scan: bool) -> tuple[Callable, tuple]:
     """The step of one token bucket, and its abstract arguments."""
     dtype = jnp.float32 if target == "cpu" else jnp.bfloat16
-    spec = spec_from_config(MODELS[model])
-    shapes = RowShapes(
-        max_num_seqs=64, max_model_len=1024, page_size=16, vocab_size=spec.vocab_size
-    )
-    split = split_model(spec, page_size=16, kernels=Kernels(XLA), dtype=dtype, scan_layers=scan)
-    layout = Layout(num_tokens, shapes)
-    kv = kv_pages_shape(
-        spec.attention(page_size=16, dtype=dtype).kv, spec.num_layers, NUM_PAGES, backend=XLA
-    )
-    state = DeviceState((kv,), shapes.abstract())  # pyright: ignore[reportArgumentType]
-    blob = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-    step = make_step(layout, split, num_pages=(NUM_PAGES,), max_logprobs=20)
-    return step, (list(split.shapes), state, blob)
+    step, arguments, _ = model_step(model, num_tokens, backend=XLA, dtype=dtype, scan=scan)
+    return step, arguments
 
 
 def measure(model: str, target: str, num_tokens: int, *, scan: bool) -> dict[str, Any]:

@@ -75,6 +75,37 @@ def attention(
     )
 
 
+def model_step(
+    target: Target,
+    model: str,
+    num_tokens: int,
+    *,
+    scan: bool = True,
+    num_layers: int | None = None,
+    num_pages: int = 4096,
+    kv_dtype: str | None = None,
+    backend: str | None = None,
+) -> Program:
+    """A whole step of a model, sampling included, as the engine compiles it for this chip."""
+    from benchmarks import model_step as models
+    from jaxserve.runner.executables import COMPILER_OPTIONS
+
+    name: Any = backend or target.chip.platform
+    step, arguments, _ = models.model_step(
+        model,
+        num_tokens,
+        backend=Backend(name=name, chip=target.chip),
+        dtype=jnp.bfloat16,
+        scan=scan,
+        page_size=_page_size(target),
+        num_pages=num_pages,
+        num_layers=num_layers,
+        kv_dtype=kv_dtype,
+    )
+    options = COMPILER_OPTIONS.get(target.chip.platform)
+    return Program(fn=step, args=arguments, donate=(1,), compiler_options=options)
+
+
 def bundled_ragged(
     target: Target,
     case: str,

@@ -1,11 +1,13 @@
 """The one entry to attention: check what came, write the new tokens, attend."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.attention_reference import attend_reference
 from pallas_kernels.attention_xla import attend_xla
-from pallas_kernels.backend import Backend, BackendRefused
+from pallas_kernels.backend import Backend
 from pallas_kernels.kv_write import page_layout, write_kv
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
@@ -32,13 +34,11 @@ def paged_attention(
     `layer` is an int or a traced int32. What the cache stands for is what it stores times
     `kv_scales` (a latent cache has one scale), so that 8-bit types can cover the values' range.
 
-    Raises ValueError for arrays that do not fit `spec` or each other, and BackendRefused for a
-    backend that has no implementation. Choose it with `choose_backend`.
+    Raises ValueError for arrays that do not fit `spec` or each other. Whether a backend can run a
+    layer is for `choose_backend` to say.
 
     PagedAttention is arXiv 2309.06180.
     """
-    if backend.name not in _ATTEND:
-        raise BackendRefused(f"attention backend {backend.name!r}: no kernel in this version")
     _check(q, k, v, kv_pages, pages, layer, spec, backend, sinks, kv_scales)
     value_scale = None
     if kv_scales is not None:
@@ -47,11 +47,24 @@ def paged_attention(
         k = k / key_scale
         v = v if v is None else v / value_scale
     kv_pages = write_kv(kv_pages, k, v, pages, layer, spec=spec.kv, backend=backend)
-    attend = _ATTEND[backend.name]
+    attend = _implementation(backend)
     out = attend(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
     if value_scale is not None:
         out = (out * jnp.repeat(value_scale, spec.group, axis=0)).astype(out.dtype)
     return out, kv_pages
+
+
+def _implementation(backend: Backend) -> Callable[..., Array]:
+    """A kernel is imported by those who use it: Pallas for TPU and GPU takes most of a second."""
+    if backend.name == "tpu":
+        from pallas_kernels.attention_tpu import attend_tpu
+
+        return attend_tpu
+    if backend.name == "gpu":
+        from pallas_kernels.attention_gpu import attend_gpu
+
+        return attend_gpu
+    return _ATTEND[backend.name]
 
 
 def _per_head(kv_scales: Array, spec: AttentionSpec) -> tuple[Array, Array]:

@@ -60,10 +60,18 @@ def why_not(name: str, spec: AttentionSpec, *, chip: Chip) -> str | None:
     if name in ("tpu", "gpu"):
         if chip.platform != name:
             return f"it needs a {name.upper()}, this is {chip}"
-        return "no kernel in this version"
+        return _why_not_kernel(name, spec, chip)
     if name == "xla" and kv.head_dim % 8:
         return f"head_dim={kv.head_dim} is not a multiple of 8"
     return None
+
+
+def _why_not_kernel(name: str, spec: AttentionSpec, chip: Chip) -> str | None:
+    if name == "tpu":
+        from pallas_kernels import attention_tpu as kernels
+    else:
+        from pallas_kernels import attention_gpu as kernels
+    return kernels.why_not(spec, chip)
 
 
 def choose_backend(

@@ -9,7 +9,7 @@ import pytest
 from jax import Array
 
 from pallas_kernels.attention import paged_attention
-from pallas_kernels.backend import REFERENCE, XLA, Backend, BackendRefused
+from pallas_kernels.backend import REFERENCE, XLA, Backend
 from pallas_kernels.cases import attention_case
 from pallas_kernels.kv_write import kv_pages_shape, saturate
 from pallas_kernels.types import AttentionSpec, PageMetadata
@@ -153,8 +153,6 @@ def test_what_does_not_fit_is_named() -> None:
         paged_attention(
             batch.q, batch.k, batch.v, batch.kv_pages, batch.pages, 2, spec=spec, backend=XLA
         )
-    with pytest.raises(BackendRefused, match="no kernel in this version"):
-        run(batch, spec=spec, backend=Backend(name="tpu"))
 
 
 @pytest.mark.parametrize("looped", [True, False], ids=["scan", "unrolled"])
