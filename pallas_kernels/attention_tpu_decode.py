@@ -26,6 +26,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tuning
 from pallas_kernels.backend import Backend
 from pallas_kernels.kv_write import LANES, page_layout
 from pallas_kernels.tpu_pages import BlockRows, PageBlock, PageLists, divide, interpreter
@@ -118,13 +119,17 @@ def attend_decode(
 
     Rows from num_decode_rows on are not worked on and hold anything, NaN included.
     """
-    tiles = tiles or default_tiles(spec, backend)
+    if tiles is None:
+        key = tuning.attention_key(spec)
+        tiles = tuning.tiles("tpu_decode", backend.chip, key, default_tiles(spec, backend))
     kv, layout = spec.kv, page_layout(spec.kv, backend)
     num_rows = pages.kv_lens.shape[0]
     width = layout.page[2]
-    wide = backend.chip.tpu_generation in ("v6e", "tpu7x")
-    stacks = _Stacks.of(spec, width, mxu_size=256 if wide else 128)
-    block = PageBlock(layout=layout, dtype=kv.dtype, num_pages=tiles.block // kv.page_size)
+    is_wide = backend.chip.tpu_generation in ("v6e", "tpu7x")
+    stacks = _Stacks.of(spec, width, mxu_size=256 if is_wide else 128)
+    block = PageBlock(
+        layout=layout, dtype=kv.dtype, num_pages=tiles.block // kv.page_size, halves_first=is_wide
+    )
     if block.num_tokens != tiles.block or tiles.block % tiles.edge or tiles.edge % tiles.unit:
         raise ValueError(f"{tiles} do not fit each other and pages of {kv.page_size} tokens")
     chunk = min(tiles.rows, num_rows)
@@ -237,11 +242,11 @@ def _kernel(
     @pl.when((chunk_number == 0) & (num_rows > 0))
     def _() -> None:
         turn_ref[0] = 0
-        tables.start(0)
+        tables.start(0, 0)
 
         @pl.when(num_rows > 1)
         def _() -> None:
-            tables.start(1)
+            tables.start(1, 1)
 
         tables.wait(0)
         start_block(0, 0, 0)
@@ -284,7 +289,7 @@ def _kernel(
 
         @pl.when(row + 2 < num_rows)  # the next row's list is under way
         def _() -> None:
-            tables.start(row + 2)
+            tables.start(row + 2, row + 2)
 
         for stack in range(stacks.count):
             query = _beside([q_ref[number, stack]] * stacks.side)

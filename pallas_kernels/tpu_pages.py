@@ -39,6 +39,7 @@ class PageBlock:
     layout: PageLayout  # "pairs" or "packed"
     dtype: jax.typing.DTypeLike  # of the cache
     num_pages: int  # a block
+    halves_first: bool = False  # take words apart in two steps: less work from v6e on, more before
 
     @property
     def page_size(self) -> int:
@@ -157,15 +158,23 @@ class PageBlock:
             for fold in range(folds)
         ]
         words = parts[0] if folds == 1 else jnp.concatenate(parts, axis=1)  # [count, W]
-        return [_element(words, index, self.dtype) for index in range(self.packing)]
+        elements = _elements(words, self.packing, halves_first=self.halves_first)
+        return [pltpu.bitcast(x, jnp.dtype(self.dtype)) for x in elements]
 
 
-def _element(words: Array, index: int, dtype: jax.typing.DTypeLike) -> Array:
-    """Element `index` of words, from the lowest bits on."""
-    bits = 8 * jnp.dtype(dtype).itemsize
-    if bits < 32:
-        words = (words >> (bits * index)).astype(f"uint{bits}")
-    return pltpu.bitcast(words, jnp.dtype(dtype))
+def _elements(words: Array, packing: int, *, halves_first: bool) -> list[Array]:
+    """The elements of uint32 words, from the lowest bits on: `packing` arrays of their shape."""
+    if packing == 4 and halves_first:
+        elements = []
+        for shift in (0, 16):
+            half = (words >> shift).astype(jnp.uint16)
+            upper = pltpu.bitcast(pltpu.bitcast(half, jnp.uint32) >> 8, jnp.uint16)
+            elements += [half.astype(jnp.uint8), upper.astype(jnp.uint8)]
+        return elements
+    if packing == 1:
+        return [words]
+    bits = 32 // packing
+    return [(words >> (bits * index)).astype(f"uint{bits}") for index in range(packing)]
 
 
 class BlockRows:
@@ -224,7 +233,7 @@ class PageLists:
     """The page tables of a few rows in SMEM, copied in ahead of their use.
 
     The whole table may not fit: SMEM has 1 MiB, which 256 rows of 32k tokens in pages of 32 fill.
-    Rows are taken in order; `RING` of them, one after the other, can be there at a time.
+    Lists are taken in turns, one after the other; `RING` of them can be there at a time.
     """
 
     RING = 4  # a power of two
@@ -245,20 +254,20 @@ class PageLists:
         lists = pltpu.SMEM((cls.RING * page_table.shape[1],), jnp.int32)
         return [lists, pltpu.SemaphoreType.DMA((cls.RING,))]
 
-    def start(self, row: Any) -> None:
-        """Start to copy a row's list. That of `row - RING` is lost."""
-        self._copy(row).start()
+    def start(self, row: Any, turn: Any) -> None:
+        """Start to copy a row's list, as the `turn`-th. That of turn - RING is lost."""
+        self._copy(row, turn).start()
 
-    def wait(self, row: Any) -> None:
+    def wait(self, turn: Any) -> None:
         """Wait for it."""
-        self._copy(row).wait()
+        self._copy(0, turn).wait()
 
-    def page(self, row: Any, index: Any) -> Any:
-        """The id of the row's index-th page within a layer."""
-        return self._lists[(row & (self.RING - 1)) * self._width + index]
+    def page(self, turn: Any, index: Any) -> Any:
+        """The id of its index-th page within a layer."""
+        return self._lists[(turn & (self.RING - 1)) * self._width + index]
 
-    def _copy(self, row: Any) -> Any:
-        slot = row & (self.RING - 1)
+    def _copy(self, row: Any, turn: Any) -> Any:
+        slot = turn & (self.RING - 1)
         to = self._lists.at[pl.ds(slot * self._width, self._width)]
         return pltpu.make_async_copy(self._table.at[row], to, self._semaphores.at[slot])
 
