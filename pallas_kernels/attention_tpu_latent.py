@@ -43,8 +43,9 @@ _VMEM_BYTES = 48 << 20
 class LatentTiles:
     """Sizes that do not change the result. Static."""
 
-    block: int  # tokens of KV fetched at once, a multiple of the page size and of `unit`
-    unit: int  # tokens of KV an update of the softmax, a multiple of 128
+    block: int  # tokens of KV fetched at once, a multiple of the page size
+    span: int  # tokens of KV worked on in one go if all are seen; `block` is a multiple of it
+    unit: int  # tokens of KV an update of the softmax, a multiple of 128; `span` is one of it
     groups: int  # of query rows, that a tile has
     depth: int  # blocks of KV in VMEM, at least 2
 
@@ -52,11 +53,10 @@ class LatentTiles:
 def default_tiles(spec: AttentionSpec, backend: Backend) -> LatentTiles:
     """What to use where nothing was tuned."""
     size = spec.kv.page_size
-    unit = 256
-    block = math.lcm(size, unit)
-    block *= max(1, 512 // block)
-    depth = 4 if backend.chip.tpu_generation == "v5e" else 8
-    return LatentTiles(block=block, unit=unit, groups=4, depth=depth)
+    unit, span = 512, 1024
+    block = math.lcm(size, span)
+    depth = 3 if backend.chip.tpu_generation == "v5e" else 5
+    return LatentTiles(block=block, span=span, unit=unit, groups=4, depth=depth)
 
 
 def why_not_latent(spec: AttentionSpec, chip: Chip) -> str | None:
@@ -139,7 +139,8 @@ def attend_latent(
         group=max(1, _GROUP_ROWS // (num_heads + padding)),
         tiles=tiles,
     )
-    if tiles.block % kv.page_size or tiles.block % tiles.unit or tiles.unit % LANES:
+    sizes = (tiles.block, kv.page_size), (tiles.block, tiles.span), (tiles.span, tiles.unit)
+    if any(size % part for size, part in (*sizes, (tiles.unit, LANES))):
         raise ValueError(f"{tiles} do not fit each other and pages of {kv.page_size} tokens")
     if tiles.depth < 2:
         raise ValueError(f"{tiles}: at least two blocks, one to fetch and one to work on")
@@ -420,24 +421,31 @@ def _kernel(
             _clear_unseen(kv_buffers, slot, low, high, shape, interpret=interpret)
 
         def do_group(group: Any, rows: int) -> None:
-            position = tile.position + group * shape.group  # of its first token
-            last = jnp.minimum(position + shape.group, tile.stop) - 1
-            is_whole = first + tiles.block <= position + 1
+            position = tile.position + group * shape.group - first  # of its first query, in here
+            last = jnp.minimum(position + shape.group, tile.stop - first) - 1
+
+            def units(tokens: Any) -> Any:  # that it takes to hold the block's first `tokens`
+                tokens = jnp.clip(tokens, 0, tiles.block)
+                return _divide(tokens + (tiles.unit - 1), tiles.unit)
+
+            end = units(last + 1)
+            skipped = whole = 0  # units that no query sees, and before those that all see whole
             if spec.window is not None:
-                is_whole &= first > last - spec.window
+                skipped = units(position - spec.window + 2 - tiles.unit)
+                whole = jnp.minimum(units(last - spec.window + 1), end)
+            seen_by_all = jnp.clip(position + 1, 0, tiles.block) - whole * tiles.unit
+            num_spans = _divide(jnp.maximum(seen_by_all, 0), tiles.span)
+            span = tiles.span // tiles.unit
 
-            @pl.when(is_whole)
-            def _() -> None:
-                softmax.attend(group, rows, latents, 0, tiles.block // tiles.unit, None)
+            @pl.loop(0, num_spans)
+            def _(number: Array) -> None:
+                at = (whole + number * span) * tiles.unit
+                softmax.attend(group, rows, latents, at, span, None)
 
-            @pl.when(jnp.logical_not(is_whole))
-            def _() -> None:
-                seen = jnp.clip(last + 1 - first, 0, tiles.block)  # by its last token
-
-                @pl.loop(0, _divide(seen + (tiles.unit - 1), tiles.unit))
-                def _(number: Array) -> None:
-                    at = pl.multiple_of(number * tiles.unit, tiles.unit)
-                    softmax.attend(group, rows, latents, at, 1, position - first)
+            @pl.loop(skipped, end - num_spans * span)
+            def _(number: Array) -> None:
+                at = jnp.where(number < whole, number, number + num_spans * span) * tiles.unit
+                softmax.attend(group, rows, latents, at, 1, position)
 
         _for_each_group(tile.count, shape, do_group)
         return blocks + 1
@@ -558,7 +566,7 @@ class _Softmax:
     def attend(
         self, group: Any, rows: int, latents: Any, first: Any, count: int, position: Any | None
     ) -> None:
-        """Attend to `count` units of a block [tokens, W], from its token `first` on.
+        """Attend to `count` units of a block [tokens, W], from its token `first`, a unit's, on.
 
         `position` is that of the group's first query within the block, or None if all of its
         queries see all of the units.
@@ -574,7 +582,7 @@ class _Softmax:
                 preferred_element_type=jnp.float32,
             )
 
-        starts = [first + number * unit for number in range(count)]
+        starts = [pl.multiple_of(first + number * unit, unit) for number in range(count)]
         ahead = logits(starts[0])
         for number, at in enumerate(starts):
             scores = ahead
