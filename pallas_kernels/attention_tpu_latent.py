@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.backend import Backend
 from pallas_kernels.chips import Chip
 from pallas_kernels.kv_write import LANES, page_layout
+from pallas_kernels.tpu_pages import PageLists, divide, interpreter
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 NEVER = -1e30  # the logit of what is not seen: finite, as inf - inf is NaN
@@ -43,8 +44,9 @@ _VMEM_BYTES = 48 << 20
 class LatentTiles:
     """Sizes that do not change the result. Static."""
 
-    block: int  # tokens of KV fetched at once, a multiple of the page size and of `unit`
-    unit: int  # tokens of KV an update of the softmax, a multiple of 128
+    block: int  # tokens of KV fetched at once, a multiple of the page size
+    span: int  # tokens of KV worked on in one go if all are seen; `block` is a multiple of it
+    unit: int  # tokens of KV an update of the softmax, a multiple of 128; `span` is one of it
     groups: int  # of query rows, that a tile has
     depth: int  # blocks of KV in VMEM, at least 2
 
@@ -52,11 +54,10 @@ class LatentTiles:
 def default_tiles(spec: AttentionSpec, backend: Backend) -> LatentTiles:
     """What to use where nothing was tuned."""
     size = spec.kv.page_size
-    unit = 256
-    block = math.lcm(size, unit)
-    block *= max(1, 512 // block)
-    depth = 4 if backend.chip.tpu_generation == "v5e" else 8
-    return LatentTiles(block=block, unit=unit, groups=4, depth=depth)
+    unit, span = 512, 1024
+    block = math.lcm(size, span)
+    depth = 3 if backend.chip.tpu_generation == "v5e" else 5
+    return LatentTiles(block=block, span=span, unit=unit, groups=4, depth=depth)
 
 
 def why_not_latent(spec: AttentionSpec, chip: Chip) -> str | None:
@@ -87,7 +88,6 @@ class _Shape:
     width: int  # of a latent row in its page
     out_dim: int
     page_size: int
-    table_width: int
     num_tokens: int
     group: int  # tokens of a group
     tiles: LatentTiles
@@ -121,8 +121,7 @@ def attend_latent(
 ) -> Array:
     """Attention of every token to its row's tokens up to itself: [T, N, value_dim] in q's dtype.
 
-    Decode rows, chunks and whole prompts are all the same to it; padding tokens get zeros. The page
-    table is held in SMEM, so [B, P] has to be small enough for that.
+    Decode rows, chunks and whole prompts are all the same to it; padding tokens get zeros.
     """
     kv = spec.kv
     tiles = tiles or default_tiles(spec, backend)
@@ -134,12 +133,12 @@ def attend_latent(
         width=page_layout(kv, backend).page[2],
         out_dim=kv.out_dim,
         page_size=kv.page_size,
-        table_width=pages.page_table.shape[1],
         num_tokens=num_tokens,
         group=max(1, _GROUP_ROWS // (num_heads + padding)),
         tiles=tiles,
     )
-    if tiles.block % kv.page_size or tiles.block % tiles.unit or tiles.unit % LANES:
+    sizes = (tiles.block, kv.page_size), (tiles.block, tiles.span), (tiles.span, tiles.unit)
+    if any(size % part for size, part in (*sizes, (tiles.unit, LANES))):
         raise ValueError(f"{tiles} do not fit each other and pages of {kv.page_size} tokens")
     if tiles.depth < 2:
         raise ValueError(f"{tiles}: at least two blocks, one to fetch and one to work on")
@@ -147,7 +146,9 @@ def attend_latent(
         q = jnp.pad(q, ((0, 0), (0, padding), (0, 0)))
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    inputs, in_specs = [q, kv_pages.reshape(-1, kv.page_size, shape.width)], [anywhere, anywhere]
+    table = PageLists.padded(pages.page_table)
+    inputs = [table, q, kv_pages.reshape(-1, kv.page_size, shape.width)]
+    in_specs = [anywhere] * len(inputs)
     if sinks is not None:
         logits = jnp.pad(sinks.astype(jnp.float32) * LOG2E, (0, padding))
         logits = jnp.tile(logits, shape.group)[:, None]
@@ -157,11 +158,12 @@ def attend_latent(
     out = pl.pallas_call(
         functools.partial(_kernel, spec=spec, shape=shape, interpret=backend.interpret),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=3,
             grid=(1,),
             in_specs=in_specs,
             out_specs=anywhere,
             scratch_shapes=[
+                *PageLists.scratch(table),
                 pltpu.VMEM((tiles.depth, tiles.block, shape.width), kv_pages.dtype),
                 pltpu.VMEM((tiles.depth, shape.tile, shape.num_heads, head_dim), q.dtype),
                 pltpu.VMEM((2, shape.tile, shape.num_heads, kv.out_dim), q.dtype),
@@ -182,10 +184,9 @@ def attend_latent(
             disable_bounds_checks=True,
             vmem_limit_bytes=_VMEM_BYTES,
         ),
-        interpret=pltpu.InterpretParams(detect_races=True) if backend.interpret else False,
+        interpret=interpreter(backend),
         name="paged_latent",
     )(
-        pages.page_table.reshape(-1),
         pages.kv_lens,
         pages.query_starts,
         jnp.stack([pages.num_rows, jnp.asarray(layer, jnp.int32) * pages.num_pages]),
@@ -213,19 +214,15 @@ class _Batch:
     """The ragged batch as scalars in SMEM, cut into tiles."""
 
     def __init__(
-        self, table: Any, lens: Any, starts: Any, limits: Any, spec: AttentionSpec, shape: _Shape
+        self, lens: Any, starts: Any, num_rows: Any, spec: AttentionSpec, shape: _Shape
     ) -> None:
-        self._table, self._lens, self._starts = table, lens, starts
+        self._lens, self._starts = lens, starts
         self._spec, self._shape = spec, shape
-        self.num_rows, self._first_page = limits[0], limits[1]
+        self.num_rows = num_rows
 
     def first_token(self, row: Any) -> Any:
         """The first token of a row; of row num_rows, the number of tokens."""
         return self._starts[row]
-
-    def page(self, row: Any, index: Any) -> Any:
-        """Where in the cache the index-th page of a row is."""
-        return self._first_page + self._table[row * self._shape.table_width + index]
 
     def tile(self, row: Any, token: Any) -> _Tile:
         """The tile of a row that begins at a token."""
@@ -235,17 +232,17 @@ class _Batch:
         position = self._lens[row] - left
         stop = position + count
         start = 0 if window is None else jnp.maximum(position - (window - 1), 0)
-        first_page = 0 if window is None else _divide(start, size)
-        num_pages = _divide(stop + (size - 1), size) - first_page
-        num_blocks = _divide(num_pages + (self._shape.num_pages - 1), self._shape.num_pages)
+        first_page = 0 if window is None else divide(start, size)
+        num_pages = divide(stop + (size - 1), size) - first_page
+        num_blocks = divide(num_pages + (self._shape.num_pages - 1), self._shape.num_pages)
         return _Tile(row, token, count, position, start, stop, first_page, num_pages, num_blocks)
 
     def row_from(self, row: Any) -> Any:
         """The first row from `row` on that has query tokens, or num_rows."""
 
-        def is_empty(row: Any) -> Any:  # past the last row it reads the last row again
-            last = jnp.minimum(row, self.num_rows - 1)
-            return (row < self.num_rows) & (self._starts[last] == self._starts[last + 1])
+        def is_empty(row: Any) -> Any:
+            end = self._starts[jnp.minimum(row + 1, self.num_rows)]
+            return (row < self.num_rows) & (self._starts[row] == end)
 
         return lax.while_loop(is_empty, lambda row: row + 1, row)
 
@@ -262,21 +259,50 @@ class _Fetcher:
     _ROW, _TOKEN, _BLOCK, _BLOCKS, _TILES = range(NUM_STATES)  # where the next block is
 
     def __init__(
-        self, batch: _Batch, shape: _Shape, state: Any, q: tuple[Any, ...], kv: tuple[Any, ...]
+        self,
+        batch: _Batch,
+        shape: _Shape,
+        state: Any,  # SMEM [NUM_STATES]
+        lists: PageLists,
+        first_page: Any,  # of the layer
+        q: tuple[Any, Any, Any],  # references to queries in HBM, their buffers, semaphores
+        kv: tuple[Any, Any, Any],  # and to latents
     ) -> None:
         self._batch, self._shape, self._state = batch, shape, state
+        self._lists, self._first_page = lists, first_page
         self._q_hbm, self._q, self._q_semaphores = q
         self._kv_hbm, self._kv, self._kv_semaphores = kv
 
     def begin(self) -> None:
         """Fetch all the blocks there is room for but one."""
-        row = self._batch.row_from(jnp.int32(0))
-        self._state[self._ROW] = row
-        self._state[self._TOKEN] = self._batch.first_token(row)
         for counter in (self._BLOCK, self._BLOCKS, self._TILES):
             self._state[counter] = 0
+        self._go_to_row(self._batch.row_from(jnp.int32(0)), jnp.int32(0))
         for _ in range(self._shape.tiles.depth - 1):
             self.fetch()
+
+    def _go_to_row(self, row: Any, expected: Any) -> None:
+        """Go to the first tile of a row, have its list of pages, and start to copy the next row's.
+
+        `expected` is the row that could have been the next; its list is on its way if it is not the
+        very first.
+        """
+        num_rows = self._batch.num_rows
+        self._state[self._ROW] = row
+        self._state[self._TOKEN] = self._batch.first_token(row)
+
+        @pl.when((expected > 0) & (expected < num_rows))
+        def _() -> None:
+            self._lists.wait(expected)
+
+        @pl.when((row < num_rows) & ((row > expected) | (expected == 0)))
+        def _() -> None:
+            self._lists.start(row)
+            self._lists.wait(row)
+
+        @pl.when(row + 1 < num_rows)
+        def _() -> None:
+            self._lists.start(row + 1)
 
     def fetch(self) -> None:
         """Start to fetch the next block, and with a tile's first one its queries; if there is one.
@@ -305,10 +331,11 @@ class _Fetcher:
             count = jnp.minimum(tile.num_pages - before, self._shape.num_pages)
 
             def start(index: Any) -> None:
-                self._page(self._batch.page(tile.row, first + index), slot, index).start()
+                page = self._first_page + self._lists.page(tile.row, first + index)
+                self._page(page, slot, index).start()
 
             step = math.gcd(self._shape.num_pages, _COPIES_UNROLLED)
-            num_steps = _divide(count, step)
+            num_steps = divide(count, step)
 
             @pl.loop(0, num_steps)
             def _(number: Array) -> None:
@@ -324,21 +351,16 @@ class _Fetcher:
     def _advance(self, tile: _Tile, block: Any) -> None:
         is_last = block + 1 == tile.num_blocks
         self._state[self._BLOCK] = jnp.where(is_last, 0, block + 1)
+        token = tile.token + self._shape.tile
+        is_row_done = token >= self._batch.first_token(tile.row + 1)
 
-        @pl.when(is_last)
+        @pl.when(is_last & jnp.logical_not(is_row_done))
         def _() -> None:
-            token = tile.token + self._shape.tile
-            is_row_done = token >= self._batch.first_token(tile.row + 1)
+            self._state[self._TOKEN] = token
 
-            @pl.when(jnp.logical_not(is_row_done))
-            def _() -> None:
-                self._state[self._TOKEN] = token
-
-            @pl.when(is_row_done)
-            def _() -> None:
-                row = self._batch.row_from(tile.row + 1)
-                self._state[self._ROW] = row
-                self._state[self._TOKEN] = self._batch.first_token(row)
+        @pl.when(is_last & is_row_done)
+        def _() -> None:
+            self._go_to_row(self._batch.row_from(tile.row + 1), tile.row + 1)
 
     def wait_for_queries(self, slot: Any, count: Any) -> None:
         @pl.loop(0, count)
@@ -370,10 +392,10 @@ class _Fetcher:
 
 
 def _kernel(
-    table_ref: Any,  # SMEM [B * table_width]
     lens_ref: Any,  # SMEM [B]
     starts_ref: Any,  # SMEM [B + 1]
     limits_ref: Any,  # SMEM: number of rows, first page of the layer
+    table_hbm: Any,  # [B, P up to 128]
     q_hbm: Any,  # [T, N, H]
     kv_hbm: Any,  # [L * num_pages, page_size, W]
     *refs: Any,
@@ -382,14 +404,17 @@ def _kernel(
     interpret: bool,
 ) -> None:
     sinks_ref, refs = (refs[0], refs[1:]) if spec.sinks else (None, refs)
-    out_hbm, kv_buffers, q_buffers, out_buffers, queries, top, total, acc, *rest = refs
-    state, out_counts, kv_semaphores, q_semaphores, out_semaphores = rest
+    out_hbm, lists, list_semaphores, kv_buffers, q_buffers, out_buffers, queries, *rest = refs
+    top, total, acc, state, out_counts, *semaphores = rest
+    kv_semaphores, q_semaphores, out_semaphores = semaphores
     tiles = shape.tiles
-    batch = _Batch(table_ref, lens_ref, starts_ref, limits_ref, spec, shape)
+    batch = _Batch(lens_ref, starts_ref, limits_ref[0], spec, shape)
     fetcher = _Fetcher(
         batch,
         shape,
         state,
+        PageLists(table_hbm, lists, list_semaphores),
+        limits_ref[1],
         (q_hbm, q_buffers, q_semaphores),
         (kv_hbm, kv_buffers, kv_semaphores),
     )
@@ -420,24 +445,31 @@ def _kernel(
             _clear_unseen(kv_buffers, slot, low, high, shape, interpret=interpret)
 
         def do_group(group: Any, rows: int) -> None:
-            position = tile.position + group * shape.group  # of its first token
-            last = jnp.minimum(position + shape.group, tile.stop) - 1
-            is_whole = first + tiles.block <= position + 1
+            position = tile.position + group * shape.group - first  # of its first query, in here
+            last = jnp.minimum(position + shape.group, tile.stop - first) - 1
+
+            def units(tokens: Any) -> Any:  # that it takes to hold the block's first `tokens`
+                tokens = jnp.clip(tokens, 0, tiles.block)
+                return divide(tokens + (tiles.unit - 1), tiles.unit)
+
+            end = units(last + 1)
+            skipped = whole = 0  # units that no query sees, and before those that all see whole
             if spec.window is not None:
-                is_whole &= first > last - spec.window
+                skipped = units(position - spec.window + 2 - tiles.unit)
+                whole = jnp.minimum(units(last - spec.window + 1), end)
+            seen_by_all = jnp.clip(position + 1, 0, tiles.block) - whole * tiles.unit
+            num_spans = divide(jnp.maximum(seen_by_all, 0), tiles.span)
+            span = tiles.span // tiles.unit
 
-            @pl.when(is_whole)
-            def _() -> None:
-                softmax.attend(group, rows, latents, 0, tiles.block // tiles.unit, None)
+            @pl.loop(0, num_spans)
+            def _(number: Array) -> None:
+                at = (whole + number * span) * tiles.unit
+                softmax.attend(group, rows, latents, at, span, None)
 
-            @pl.when(jnp.logical_not(is_whole))
-            def _() -> None:
-                seen = jnp.clip(last + 1 - first, 0, tiles.block)  # by its last token
-
-                @pl.loop(0, _divide(seen + (tiles.unit - 1), tiles.unit))
-                def _(number: Array) -> None:
-                    at = pl.multiple_of(number * tiles.unit, tiles.unit)
-                    softmax.attend(group, rows, latents, at, 1, position - first)
+            @pl.loop(skipped, end - num_spans * span)
+            def _(number: Array) -> None:
+                at = jnp.where(number < whole, number, number + num_spans * span) * tiles.unit
+                softmax.attend(group, rows, latents, at, 1, position)
 
         _for_each_group(tile.count, shape, do_group)
         return blocks + 1
@@ -462,7 +494,7 @@ def _kernel(
 
     def do_row(row: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         begin = batch.first_token(row)
-        num_tiles = _divide(batch.first_token(row + 1) - begin + (shape.tile - 1), shape.tile)
+        num_tiles = divide(batch.first_token(row + 1) - begin + (shape.tile - 1), shape.tile)
 
         def step(index: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             return do_tile(row, begin + index * shape.tile, carry)
@@ -499,7 +531,7 @@ def _for_each_group(count: Any, shape: _Shape, do: Callable[[Any, int], None]) -
     """
 
     def all_rows() -> None:
-        @pl.loop(0, _divide(count + (shape.group - 1), shape.group))
+        @pl.loop(0, divide(count + (shape.group - 1), shape.group))
         def _(group: Array) -> None:
             do(group, shape.rows)
 
@@ -539,7 +571,7 @@ class _Softmax:
 
         @pl.loop(0, count)
         def _(index: Array) -> None:
-            at = _divide(index, group)
+            at = divide(index, group)
             rows = pl.ds(pl.multiple_of((index - at * group) * heads, heads), heads)
             self._queries[at, rows, : self._shape.head_dim] = q[index]
 
@@ -558,7 +590,7 @@ class _Softmax:
     def attend(
         self, group: Any, rows: int, latents: Any, first: Any, count: int, position: Any | None
     ) -> None:
-        """Attend to `count` units of a block [tokens, W], from its token `first` on.
+        """Attend to `count` units of a block [tokens, W], from its token `first`, a unit's, on.
 
         `position` is that of the group's first query within the block, or None if all of its
         queries see all of the units.
@@ -574,7 +606,7 @@ class _Softmax:
                 preferred_element_type=jnp.float32,
             )
 
-        starts = [first + number * unit for number in range(count)]
+        starts = [pl.multiple_of(first + number * unit, unit) for number in range(count)]
         ahead = logits(starts[0])
         for number, at in enumerate(starts):
             scores = ahead
@@ -685,21 +717,14 @@ def _clear_unseen(
             columns = slice(column, column + LANES)
             words[rows, columns] = words[rows, columns] & kept
 
-    @pl.loop(0, _divide(low + (unit - 1), unit))
+    @pl.loop(0, divide(low + (unit - 1), unit))
     def _(number: Array) -> None:
         clear(number)
 
-    last = _divide(high, unit)
+    last = divide(high, unit)
     pl.when(last * unit < high)(lambda: clear(last))
 
 
 def _lanes(x: Array, width: int) -> Array:
     """x [rows, 128], the same in all lanes, for `width` of them."""
     return jnp.concatenate([x] * (width // LANES), axis=1)
-
-
-def _divide(x: Any, by: int) -> Any:
-    """x // by for x >= 0; a shift for a power of two."""
-    if by & (by - 1) == 0:
-        return x >> (by.bit_length() - 1)
-    return lax.div(x, by)

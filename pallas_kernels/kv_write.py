@@ -27,7 +27,8 @@ class PageLayout:
     pairs: `[page_size, C, W]`, key and value alternate along C >= 2K, W >= head_dim.
     packed: `[page_size, C, W]`, a head's key and value side by side in one row of W = 2 * head_dim,
     C >= K.
-    latent: `[page_size / S, S, W]`, one row a token, S tokens side by side, W >= head_dim.
+    latent: `[page_size / S, S, W]`, one row a token, S tokens side by side, W >= head_dim. For
+    TPUs S = page_size, so that a page is a matrix of whole tiles.
     What is padding holds zeros, or nothing yet: a reader must not let it through.
     """
 
@@ -78,7 +79,11 @@ def write_kv(
     first = jnp.asarray(layer, jnp.int32) * (pages.num_pages * spec.page_size)
     slots = first + pages.slots
     side = layout.page[1] if layout.kind == "latent" else 1  # tokens side by side
-    if k.shape[0] == 1:  # XLA:CPU rewrites a scatter of one row into one that copies the cache
+    if k.shape[0] == 1 and backend.name == "tpu":
+        # XLA:TPU makes a scatter of one row a dynamic update slice, and one into the tiles of
+        # several rows that 8-bit latents have copies the cache: write the row twice.
+        rows, slots = jnp.repeat(rows, 2, axis=0), jnp.repeat(slots, 2)
+    elif k.shape[0] == 1:  # XLA:CPU rewrites a scatter of one row into one that copies the cache
         page, offset = slots[0] // spec.page_size, slots[0] % spec.page_size
         at = (page, offset // side, offset % side, 0)
         return lax.dynamic_update_slice(kv_pages, rows[None], at)

@@ -45,8 +45,8 @@ def metadata(slots: list[int], num_pages: int) -> PageMetadata:
         ("phi-3-mini", "bfloat16", TPU, (16, 64, 128), "pairs"),
         ("gemma-2b", "float32", TPU, (16, 2, 256), "pairs"),
         ("deepseek-v3", "bfloat16", XLA, (16, 1, 576), "latent"),
-        ("deepseek-v3", "bfloat16", TPU, (8, 2, 640), "latent"),
-        ("deepseek-v3", "float8_e4m3fn", TPU, (4, 4, 640), "latent"),
+        ("deepseek-v3", "bfloat16", TPU, (1, 16, 640), "latent"),
+        ("deepseek-v3", "float8_e4m3fn", TPU, (1, 16, 640), "latent"),
     ],
 )
 def test_a_page_is_padded_to_whole_tiles_on_tpu_alone(
