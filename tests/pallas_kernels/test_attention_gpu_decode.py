@@ -91,7 +91,8 @@ def decode(
 def races(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     """By kernel, whether the last run with detect_races had one. A run forgets the one before.
 
-    The interpreter does not check what a wgmma reads, so products are made of plain loads here.
+    The interpreter does not check what a wgmma reads, so products are made of plain loads here, and
+    committed: a wgmma's reads need no fence before TMA writes there again.
     """
     found = {}
     merge = attention_gpu_decode._merge
@@ -104,7 +105,9 @@ def races(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
         return out
 
     def multiply(a: Any, b: Any) -> Array:
-        return jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+        left, right = a[...], b[...]
+        plgpu.commit_smem()
+        return jnp.dot(left, right, preferred_element_type=jnp.float32)
 
     monkeypatch.setattr(attention_gpu_decode, "_merge", look_and_merge)
     monkeypatch.setattr(attention_gpu_decode, "_multiply", multiply)
