@@ -23,7 +23,7 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.gpu_split import num_multiprocessors, plan_split
 from pallas_kernels.kv_write import write_kv
 from pallas_kernels.types import AttentionSpec, KVSpec, PageMetadata
-from tests.pallas_kernels.batches import Batch, error, make_batch, oracle
+from tests.pallas_kernels.batches import Batch, error, make_batch, oracle, run
 
 H100 = Chip(platform="gpu", kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
 HOPPER = Backend(name="gpu", chip=H100, interpret=True)
@@ -181,6 +181,18 @@ def test_no_decode_row_gives_zeros() -> None:
     pages = dict(vars(batch.pages), num_decode_rows=jnp.int32(0))
     object.__setattr__(batch, "pages", PageMetadata(**pages))
     assert not np.any(np.asarray(decode(batch, spec), np.float32))
+
+
+@pytest.mark.slow
+def test_a_mixed_batch_through_the_entry() -> None:
+    spec = make_spec(4, 2, 64, 16, sinks=True)
+    rows = [(1, 1), (1, 70), (5, 21), (0, 3), (9, 9)]
+    batch = make_batch(
+        spec, rows, num_decode_rows=2, num_tokens=32, max_rows=8, num_layers=2, backend=HOPPER
+    )
+    out, _ = run(batch, spec=spec, backend=HOPPER)
+    assert error(out, oracle(spec, batch)) < TOLERANCE["bfloat16"]
+    assert not np.any(np.asarray(out[16:], np.float32))
 
 
 # What must be caught: that these fail shows that the checks above can.
