@@ -1,13 +1,18 @@
 """Attention on NVIDIA GPUs: which kernels a chip gets, and whether there are any for a layer.
 
-Hopper (compute capability 9.0) has kernels of its own, for TMA and wgmma: decode rows by
-`attention_gpu_decode`. Mosaic GPU would compile them for any chip without a word and they would
-fail there, so the architecture is checked here.
+Hopper (compute capability 9.0) has a decode kernel of its own, for TMA and wgmma
+(`attention_gpu_decode`). Its other rows, and all rows on Ampere, Ada and Blackwell, go by
+`mma.sync` (`attention_gpu_mma`). Mosaic GPU would compile the Hopper kernel for any chip without a
+word and it would fail there, so the architecture is checked here.
 """
 
+import dataclasses
+
+import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.attention_gpu_decode import attend_decode, why_not_decode
+from pallas_kernels.attention_gpu_mma import attend_mma, why_not_mma
 from pallas_kernels.backend import Backend, BackendRefused
 from pallas_kernels.chips import Chip
 from pallas_kernels.types import AttentionSpec, PageMetadata
@@ -26,8 +31,10 @@ def why_not(spec: AttentionSpec, chip: Chip) -> str | None:
             "(Ampere) for bfloat16 tensor cores and asynchronous copies"
         )
     if chip.sm == _HOPPER:
-        return why_not_decode(spec)
-    return f"no kernel yet for compute capability {chip.compute_capability}"
+        reason = why_not_decode(spec)
+        if reason is not None:
+            return reason
+    return why_not_mma(spec, chip=chip)
 
 
 def attend_gpu(
@@ -47,4 +54,19 @@ def attend_gpu(
     reason = why_not(spec, backend.chip)
     if reason is not None:
         raise BackendRefused(f"attention backend 'gpu' refused: {reason}")
-    return attend_decode(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
+    if backend.chip.sm != _HOPPER:
+        return attend_mma(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
+    decoded = attend_decode(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
+    others = _without_decode_rows(pages)
+    out = attend_mma(q, kv_pages, others, layer, spec=spec, backend=backend, sinks=sinks)
+    is_decode = jnp.arange(q.shape[0]) < pages.num_decode_rows
+    return jnp.where(is_decode[:, None, None], decoded, out)
+
+
+def _without_decode_rows(pages: PageMetadata) -> PageMetadata:
+    """The batch with decode rows that own no token: theirs, the first ones, are nobody's."""
+    return dataclasses.replace(
+        pages,
+        query_starts=jnp.maximum(pages.query_starts, pages.num_decode_rows),
+        num_decode_rows=jnp.zeros_like(pages.num_decode_rows),
+    )

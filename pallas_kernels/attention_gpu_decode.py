@@ -82,6 +82,12 @@ class _Shape:
         return self.stored != self.dtype
 
     @property
+    def convert_width(self) -> int:
+        """Values of a token to convert at a time, in registers: int8 takes more on its way, and
+        fewer keep two thread blocks on a multiprocessor."""
+        return 32 if self.stored.name == "int8" else 128
+
+    @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Columns of a value as the M of wgmmas, whole multiples of 64: (first, how many).
 
@@ -212,7 +218,8 @@ def _shape_of(spec: AttentionSpec, block_kv: int, q_dtype: jax.typing.DTypeLike)
     if stored.itemsize == 1:
         dtype = jnp.dtype(jnp.float16 if stored.name == "float8_e4m3fn" else q_dtype)
     # Registers: an accumulator of 256 rows and 32 columns, or half the rows and twice as many.
-    num_parts = -(-spec.group // (64 if kv.head_dim <= 128 else 32))
+    most = (64 if kv.head_dim <= 128 else 32) * stored.itemsize // 2
+    num_parts = -(-spec.group // most)
     group = -(-spec.group // num_parts)
     return _Shape(
         num_parts=num_parts,
@@ -304,15 +311,22 @@ def _pieces(
         def _load() -> None:
             page_base = first_page_ref[0]
 
-            def load_block(row: Any, head: Any, kv_len: Any, block: Any, stage: Any) -> None:
+            def find_pages(row: Any, kv_len: Any, block: Any) -> list[Any]:
+                """The page of each copy of a block."""
                 last_page = lax.div(kv_len - 1, jnp.int32(kv.page_size))
+                pages = []
                 for copy in range(copies):
                     token = block * block_kv + copy * shape.copy_tokens
                     # Past the row's end the last page is read again: what it holds is masked.
                     index = jnp.minimum(lax.div(token, jnp.int32(kv.page_size)), last_page)
-                    page = page_base + table_ref[row, index]
+                    pages.append(page_base + table_ref[row, index])
+                return pages
+
+            def load_block(pages: list[Any], head: Any, block: Any, stage: Any) -> None:
+                for copy, page in enumerate(pages):
                     source = pairs_ref.at[page, :, head]
                     if shape.copy_tokens < kv.page_size:
+                        token = block * block_kv + copy * shape.copy_tokens
                         offset = lax.rem(token, jnp.int32(kv.page_size))
                         source = pairs_ref.at[page, pl.ds(offset, shape.copy_tokens), head]
                     rows = pl.ds(copy * shape.copy_tokens, shape.copy_tokens)
@@ -332,12 +346,13 @@ def _pieces(
                 @pl.loop(0, blocks)
                 def _(block: Any) -> None:
                     stage = lax.rem(step + block, jnp.int32(num_stages))
+                    found = find_pages(row, kv_len, start + block)  # while the stage is in use
 
                     @pl.when(step + block >= num_stages)
                     def _() -> None:
                         plgpu.barrier_wait(pairs_free.at[stage])
 
-                    load_block(row, head, kv_len, start + block, stage)
+                    load_block(found, head, start + block, stage)
 
                 return step + blocks
 
@@ -422,8 +437,9 @@ def _pieces(
             lax.fori_loop(0, num_items, compute_item, jnp.int32(0))
 
     def smem(dims: tuple[int, ...], dtype: jnp.dtype) -> Any:
-        """Swizzled in the widest tiles that part a key from its value."""
-        swizzle = next(size for size in (128, 64, 32) if head_dim * dtype.itemsize % size == 0)
+        """Swizzled in the widest tiles that part a key from its value, or what is converted."""
+        row = math.gcd(head_dim, shape.convert_width) * dtype.itemsize
+        swizzle = next(size for size in (128, 64, 32) if row % size == 0)
         tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))  # pyright: ignore[reportAbstractUsage]
         swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
         return plgpu.SMEM(dims, dtype, transforms=(tiling, swizzling))
@@ -461,8 +477,7 @@ def _convert(stage: Any, target: Any, shape: _Shape) -> None:
     Stores to shared memory are fenced by barriers on both sides, so no warp is still multiplying
     the block before.
     """
-    # int8 takes more registers on its way: half as many at a time keep two thread blocks on an SM.
-    width = math.gcd(64 if shape.stored.name == "int8" else 128, shape.head_dim)
+    width = math.gcd(shape.convert_width, shape.head_dim)
     for column in range(0, 2 * shape.head_dim, width):
         values = plgpu.load(stage.at[:, pl.ds(column, width)], layout=plgpu.Layout.WGMMA_8BIT)
         target[:, pl.ds(column, width)] = values.astype(shape.dtype)

@@ -18,7 +18,7 @@ def test_auto_takes_xla_on_a_cpu_and_says_why_not_the_others(name: str) -> None:
 
 def test_a_chip_without_a_kernel_gets_an_honest_reason() -> None:
     chip = Chip(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
-    assert why_not("gpu", attention_case("tiny"), chip=chip) == "no kernel in this version"
+    assert "not float32" in (why_not("gpu", attention_case("tiny"), chip=chip) or "")
 
 
 def test_a_named_backend_that_refuses_is_an_error_with_its_reason() -> None:
