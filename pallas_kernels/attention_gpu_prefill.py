@@ -455,7 +455,7 @@ def _load_item(
 
     for group in range(packing.groups):
         head, token = divmod(group * _ALIGN, packing.tokens)
-        tokens = pl.ds(item.base + token, _ALIGN)  # past the last token TMA fills in zeros
+        tokens = pl.ds(pl.multiple_of(item.base + token, _ALIGN), _ALIGN)  # past the last token TMA fills in zeros
         rows = pl.ds(group * _ALIGN % _WGMMA_ROWS, _ALIGN)
         target = shared.q_smem.at[group * _ALIGN // _WGMMA_ROWS, rows]
         source = q_ref.at[tokens, item.unit * packing.heads + head]
@@ -478,7 +478,7 @@ def _load_item(
             for copy, (page, offset) in enumerate(places):
                 source = kv_ref.at[page, :, channel]
                 if box < page_size:
-                    source = kv_ref.at[page, pl.ds(offset, box), channel]
+                    source = kv_ref.at[page, pl.ds(pl.multiple_of(offset, _ALIGN), box), channel]
                 rows = pl.ds(copy * box, box)
                 plgpu.copy_gmem_to_smem(source, target.at[stage, rows], full)
 
@@ -693,7 +693,8 @@ def _write(
         @pl.when(is_one & (token >= item.first) & (token + _ALIGN <= item.last))
         def _() -> None:
             source = tile.at[pl.ds(row, _ALIGN)]
-            plgpu.copy_smem_to_gmem(source, out_ref.at[pl.ds(token, _ALIGN), head])
+            tokens = pl.ds(pl.multiple_of(token, _ALIGN), _ALIGN)
+            plgpu.copy_smem_to_gmem(source, out_ref.at[tokens, head])
 
     # Groups of 8 tokens that other rows have a part in: each token by itself.
     whole_begin = item.base + _up(item.first - item.base, _ALIGN)
@@ -715,8 +716,9 @@ def _write(
 
                 @pl.when(is_one & is_own & jnp.logical_not(is_whole))
                 def _() -> None:
-                    source = shared.token_smem.at[warpgroup, row, pl.ds(0, width)]
-                    plgpu.copy_smem_to_gmem(source, out_ref.at[token, head, pl.ds(column, width)])
+                    source = shared.token_smem.at[warpgroup, pl.ds(row, 1), pl.ds(0, width)]
+                    target = out_ref.at[pl.ds(token, 1), head, pl.ds(column, width)]
+                    plgpu.copy_smem_to_gmem(source, target)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
