@@ -38,6 +38,7 @@ _LEAST = -1e29  # where the largest logit starts: so far above _NEVER that exp2 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _SMALL_SMEM = (86, 87, 89, 120, 121)  # architectures with 100 KiB of shared memory a multiprocessor
 _FEW_TOKENS = 64  # batches up to this size are one call, of small tiles
+_LEAST_STEPS = 4  # of a share: a smaller one costs more to merge than it saves
 _BLOCKS_WANTED = 512  # about two a multiprocessor on the largest chips
 
 
@@ -214,12 +215,12 @@ def _query_tiles(q: Array, plan: Plan, tile: Tile) -> Array:
 
 
 def _num_shares(pages: PageMetadata, num_tiles: int, *, spec: AttentionSpec, tile: Tile) -> int:
-    """Shares to cut the context into: enough to fill a GPU, none of fewer than 4 steps."""
+    """Shares to cut the context into: enough to fill a GPU, but none of few steps."""
     longest = pages.page_table.shape[1] * spec.kv.page_size
     if spec.window is not None:
         longest = min(longest, spec.window + tile.rows)
     return min(
-        max(1, longest // (4 * tile.block_kv)),
+        max(1, longest // (_LEAST_STEPS * tile.block_kv)),
         max(1, _BLOCKS_WANTED // (num_tiles * spec.kv.num_kv_heads)),
     )
 
@@ -331,6 +332,15 @@ class _Fragments:
     def iota(self, shape: tuple[int, int], axis: int, layout: Any) -> Array:
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
+    def rows_of_rhs(self, rows: int, columns: int) -> Array:
+        """Each element's row in a right operand: [rows, columns].
+
+        By way of one axis: along two, jax 0.11.2 takes it that a thread's pair of elements lies in
+        one row, where in this layout it lies in two, and gives both the first one's.
+        """
+        row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=self.rhs.reduce(1))
+        return plgpu.layout_cast(lax.broadcast_in_dim(row, (rows, columns), [0]), self.rhs)
+
     def load(self, ref: Any, layout: Any) -> Array:
         return plgpu.load(ref, layout=layout, optimized=False)
 
@@ -408,7 +418,7 @@ def _kernel(
     end_block = lax.div(end + (block_kv - 1), jnp.int32(block_kv))
     if (num_shares := out_ref.shape[2]) > 1:
         num_blocks = jnp.maximum(end_block - first_block, 0) + (num_shares - 1)
-        num_blocks = lax.div(num_blocks, jnp.int32(num_shares))
+        num_blocks = jnp.maximum(lax.div(num_blocks, jnp.int32(num_shares)), _LEAST_STEPS)
         first_block = first_block + share * num_blocks
         end_block = jnp.minimum(first_block + num_blocks, end_block)
 
@@ -462,7 +472,7 @@ def _kernel(
         v = fragments.load(ref, fragments.rhs)
         if not masked:
             return v
-        kv_at = iota((columns, head_dim), 0, fragments.rhs) + first
+        kv_at = fragments.rows_of_rhs(columns, head_dim) + first
         valid = kv_at < end
         if window is not None:
             valid = valid & (kv_at >= least)
