@@ -59,6 +59,8 @@ CASES: dict[str, tuple[AttentionSpec, list[tuple[int, int]], int, int, int]] = {
         8,
         8,
     ),
+    "decode-cap": (_spec(4, 2, 64, 16, soft_cap=5.0), _DECODE, 4, 8, 8),
+    "decode-256": (_spec(2, 1, 256, 16), _DECODE, 4, 8, 8),
     "decode-group-64": (_spec(64, 1, 64, 32), _DECODE, 4, 8, 8),
     "prefill-128": (_spec(8, 2, 128, 16), _PREFILL, 2, 96, 8),
     "prefill-96-window": (

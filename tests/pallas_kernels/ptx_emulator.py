@@ -146,7 +146,7 @@ class _Block:
         if operand.startswith("__dynamic_shmem__"):
             return np.array(_SMEM_BASE, dtype)
         if operand.startswith(("0f", "0F")):
-            return np.array(int(operand[2:], 16), np.uint32).view(np.float32).astype(dtype)
+            return np.array(int(operand[2:], 16), np.uint32).view(dtype)
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", operand):
             bits = np.array(int(operand.rstrip("U"), 0) % (1 << (8 * dtype.itemsize)), np.uint64)
             return bits.astype(f"u{dtype.itemsize}").view(dtype)
@@ -339,16 +339,16 @@ def _elementwise(function: Callable[..., np.ndarray], kind: int = -1) -> Handler
 
 
 def _wide_or_low(block: _Block, step: _Instruction, active: np.ndarray) -> None:
-    """mul and mad: of floats, or of integers to the low half or to twice the width."""
+    """mul and mad: of floats, or of integers to twice the width or to its low or high half."""
     dtype = _type(step.opcode[-1])
-    if step.opcode[1] == "wide":
+    dtype_out = dtype
+    if step.opcode[1] in ("wide", "hi"):
         dtype_out = np.dtype(f"{dtype.kind}{2 * dtype.itemsize}")
-    elif step.opcode[1] == "hi":
-        raise EmulationError(f"not emulated: {step.text}")
-    else:
-        dtype_out = dtype
     a, b = (block.read(each, dtype).astype(dtype_out) for each in step.operands[1:3])
     result = a * b
+    if step.opcode[1] == "hi":
+        result = (result >> dtype_out.type(8 * dtype.itemsize)).astype(dtype)
+        dtype_out = dtype
     if len(step.operands) == 4:
         result = result + block.read(step.operands[3], dtype_out)
     block.write(step.operands[0], result, active)
