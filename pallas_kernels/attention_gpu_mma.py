@@ -77,6 +77,9 @@ def why_not_mma(spec: AttentionSpec, *, chip: Chip) -> str | None:
         return f"page_size={kv.page_size} is not 8, 16 or a multiple of 32"
     if kv.page_size % 32 == 0 and kv.page_size % 64 and kv.page_size != 32:
         return f"page_size={kv.page_size} is not 8, 16, 32 or a multiple of 64"
+    tiles_a_page = kv.page_size // 8 * (2 * kv.head_dim // _swizzled_columns(kv.head_dim))
+    if chip.sm < 90 and tiles_a_page % 4:  # a cp.async copy is parted among four warps
+        return f"page_size={kv.page_size} is too small for head_dim={kv.head_dim} on {chip}"
     if spec.group > 64:
         return f"{spec.group} query heads a kv head are more than the 64 rows of a tile"
     return None
@@ -301,12 +304,17 @@ def _launch(
     )(queries, flat, items, page_table)
 
 
+def _swizzled_columns(columns: int) -> int:
+    """The widest of the swizzles of 16-bit values, in columns, that parts `columns`."""
+    return next(size for size in (64, 32, 16) if columns % size == 0)
+
+
 def _swizzled(shape: Sequence[int], dtype: Any, columns: int | None = None) -> Any:
     """Shared memory whose rows are swizzled in the largest pieces that part `columns`."""
-    columns = columns or shape[-1]
-    size = next(size for size in (64, 32, 16) if columns % size == 0)
-    transforms = (plgpu.TilingTransform((8, size)), plgpu.SwizzleTransform(2 * size))
-    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+    size = _swizzled_columns(columns or shape[-1])
+    tiling = plgpu.TilingTransform((8, size))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(2 * size)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(tuple(shape), dtype, transforms=(tiling, swizzle))
 
 
 class _Fragments:
@@ -351,12 +359,12 @@ class _Fragments:
         return plgpu.mma(acc, a, b)
 
     def sync(self) -> None:
-        """All threads have come here and see what the others wrote, `cp.async` waited for too."""
+        """All threads have come here and see what the others wrote."""
         if self.interpret:  # whose warpgroup is one thread
             return
 
         @plgpu.inline_mgpu()
-        def barrier(_: Any) -> None:
+        def barrier(_: Any = None) -> None:
             mgpu.utils.warpgroup_barrier()
 
         barrier()
@@ -387,7 +395,7 @@ def _as_lhs(x: Array, fragments: _Fragments) -> Array:
         registers = result.registers.reshape(layout.registers_shape(x.shape))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return rename(x)
+    return rename(x)  # pyright: ignore[reportCallIssue]
 
 
 def _kernel(
@@ -443,9 +451,9 @@ def _kernel(
         """A block that was asked for has come, and all threads are done with the one before."""
         if barrier is not None:
             plgpu.barrier_wait(barrier.at[lax.rem(block - first_block, num_stages)])
-        else:
+            plgpu.commit_smem()  # what was read comes before what TMA will write in its place
+        else:  # which is a barrier of the threads, too: each waits for its own copies only
             _wait_for_cp_async(end_block - block, tile, block_kv // kv_ref.shape[1])
-        fragments.sync()
 
     q = fragments.load(q_ref.at[item, head], fragments.lhs)  # [M, H]
     at = position + lax.div(iota((tile.rows, columns), 0, acc), jnp.int32(spec.group))  # of queries

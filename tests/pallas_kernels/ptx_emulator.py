@@ -91,6 +91,20 @@ class Kernel:
             )
         return cls(instructions, labels, parameters, int(match[1]))
 
+    def cut(self, what: str) -> None:
+        """Take out every instruction that starts with `what`; with "a > b", only the first b after
+        each a."""
+        before, _, text = what.rpartition(" > ")
+        found, looking = 0, not before
+        for index, step in enumerate(self.instructions):
+            if before and step.text.startswith(before):
+                looking = True
+            elif looking and step.text.startswith(text):
+                self.instructions[index] = _Instruction(["nop"], [], None, False, "nop")
+                found, looking = found + 1, not before
+        if not found:
+            raise EmulationError(f"the kernel has no {what}")
+
 
 def _split(arguments: str) -> list[str]:
     """Operands, with a vector's braces or an address's brackets kept together."""
@@ -290,6 +304,8 @@ def _run(block: _Block) -> None:
         name = step.opcode[0]
         if name == "ret":
             return
+        if name == "nop":
+            continue
         if name == "bra":
             if active.any() != active.all():
                 raise EmulationError(f"threads part ways: {step.text}")
