@@ -38,6 +38,7 @@ _LEAST = -1e29  # where the largest logit starts: so far above _NEVER that exp2 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _SMALL_SMEM = (86, 87, 89, 120, 121)  # architectures with 100 KiB of shared memory a multiprocessor
 _FEW_TOKENS = 64  # batches up to this size are one call, of small tiles
+_LEAST_STEPS = 4  # of a share: a smaller one costs more to merge than it saves
 _BLOCKS_WANTED = 512  # about two a multiprocessor on the largest chips
 
 
@@ -76,6 +77,9 @@ def why_not_mma(spec: AttentionSpec, *, chip: Chip) -> str | None:
         return f"page_size={kv.page_size} is not 8, 16 or a multiple of 32"
     if kv.page_size % 32 == 0 and kv.page_size % 64 and kv.page_size != 32:
         return f"page_size={kv.page_size} is not 8, 16, 32 or a multiple of 64"
+    tiles_a_page = kv.page_size // 8 * (2 * kv.head_dim // _swizzled_columns(kv.head_dim))
+    if chip.sm < 90 and tiles_a_page % 4:  # a cp.async copy is parted among four warps
+        return f"page_size={kv.page_size} is too small for head_dim={kv.head_dim} on {chip}"
     if spec.group > 64:
         return f"{spec.group} query heads a kv head are more than the 64 rows of a tile"
     return None
@@ -214,12 +218,12 @@ def _query_tiles(q: Array, plan: Plan, tile: Tile) -> Array:
 
 
 def _num_shares(pages: PageMetadata, num_tiles: int, *, spec: AttentionSpec, tile: Tile) -> int:
-    """Shares to cut the context into: enough to fill a GPU, none of fewer than 4 steps."""
+    """Shares to cut the context into: enough to fill a GPU, but none of few steps."""
     longest = pages.page_table.shape[1] * spec.kv.page_size
     if spec.window is not None:
         longest = min(longest, spec.window + tile.rows)
     return min(
-        max(1, longest // (4 * tile.block_kv)),
+        max(1, longest // (_LEAST_STEPS * tile.block_kv)),
         max(1, _BLOCKS_WANTED // (num_tiles * spec.kv.num_kv_heads)),
     )
 
@@ -300,12 +304,17 @@ def _launch(
     )(queries, flat, items, page_table)
 
 
+def _swizzled_columns(columns: int) -> int:
+    """The widest of the swizzles of 16-bit values, in columns, that parts `columns`."""
+    return next(size for size in (64, 32, 16) if columns % size == 0)
+
+
 def _swizzled(shape: Sequence[int], dtype: Any, columns: int | None = None) -> Any:
     """Shared memory whose rows are swizzled in the largest pieces that part `columns`."""
-    columns = columns or shape[-1]
-    size = next(size for size in (64, 32, 16) if columns % size == 0)
-    transforms = (plgpu.TilingTransform((8, size)), plgpu.SwizzleTransform(2 * size))
-    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+    size = _swizzled_columns(columns or shape[-1])
+    tiling = plgpu.TilingTransform((8, size))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(2 * size)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(tuple(shape), dtype, transforms=(tiling, swizzle))
 
 
 class _Fragments:
@@ -331,6 +340,15 @@ class _Fragments:
     def iota(self, shape: tuple[int, int], axis: int, layout: Any) -> Array:
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
+    def rows_of_rhs(self, rows: int, columns: int) -> Array:
+        """Each element's row in a right operand: [rows, columns].
+
+        By way of one axis: along two, jax 0.11.2 takes it that a thread's pair of elements lies in
+        one row, where in this layout it lies in two, and gives both the first one's.
+        """
+        row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=self.rhs.reduce(1))
+        return plgpu.layout_cast(lax.broadcast_in_dim(row, (rows, columns), [0]), self.rhs)
+
     def load(self, ref: Any, layout: Any) -> Array:
         return plgpu.load(ref, layout=layout, optimized=False)
 
@@ -341,12 +359,12 @@ class _Fragments:
         return plgpu.mma(acc, a, b)
 
     def sync(self) -> None:
-        """All threads have come here and see what the others wrote, `cp.async` waited for too."""
+        """All threads have come here and see what the others wrote."""
         if self.interpret:  # whose warpgroup is one thread
             return
 
         @plgpu.inline_mgpu()
-        def barrier(_: Any) -> None:
+        def barrier(_: Any = None) -> None:
             mgpu.utils.warpgroup_barrier()
 
         barrier()
@@ -377,7 +395,7 @@ def _as_lhs(x: Array, fragments: _Fragments) -> Array:
         registers = result.registers.reshape(layout.registers_shape(x.shape))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return rename(x)
+    return rename(x)  # pyright: ignore[reportCallIssue]
 
 
 def _kernel(
@@ -408,7 +426,7 @@ def _kernel(
     end_block = lax.div(end + (block_kv - 1), jnp.int32(block_kv))
     if (num_shares := out_ref.shape[2]) > 1:
         num_blocks = jnp.maximum(end_block - first_block, 0) + (num_shares - 1)
-        num_blocks = lax.div(num_blocks, jnp.int32(num_shares))
+        num_blocks = jnp.maximum(lax.div(num_blocks, jnp.int32(num_shares)), _LEAST_STEPS)
         first_block = first_block + share * num_blocks
         end_block = jnp.minimum(first_block + num_blocks, end_block)
 
@@ -433,9 +451,9 @@ def _kernel(
         """A block that was asked for has come, and all threads are done with the one before."""
         if barrier is not None:
             plgpu.barrier_wait(barrier.at[lax.rem(block - first_block, num_stages)])
-        else:
+            plgpu.commit_smem()  # what was read comes before what TMA will write in its place
+        else:  # which is a barrier of the threads, too: each waits for its own copies only
             _wait_for_cp_async(end_block - block, tile, block_kv // kv_ref.shape[1])
-        fragments.sync()
 
     q = fragments.load(q_ref.at[item, head], fragments.lhs)  # [M, H]
     at = position + lax.div(iota((tile.rows, columns), 0, acc), jnp.int32(spec.group))  # of queries
@@ -462,7 +480,7 @@ def _kernel(
         v = fragments.load(ref, fragments.rhs)
         if not masked:
             return v
-        kv_at = iota((columns, head_dim), 0, fragments.rhs) + first
+        kv_at = fragments.rows_of_rhs(columns, head_dim) + first
         valid = kv_at < end
         if window is not None:
             valid = valid & (kv_at >= least)
