@@ -2,7 +2,7 @@
 
 x is cut into tiles of rows. A *visit* is a group in a tile: a group that starts inside a tile
 shares it with the one before, and both visit it. The list of visits is made outside of the kernel
-and prefetched into SMEM, and its length is the grid's, so that an expert without rows costs nothing.
+and prefetched into SMEM, and its length is the grid's: an expert without rows costs nothing.
 Visits of a group follow each other, and so the strip of its weights (all inputs, some columns)
 stays in VMEM for all of them. A visit multiplies the whole tile and stores its group's rows.
 MegaBlocks (arXiv 2211.15841) has the idea of a list of tiles instead of padded groups.
@@ -26,16 +26,16 @@ from pallas_kernels.quantized_matmul_tpu import (
     interpreter,
     make_plan,
     operands,
-    strip_product,
+    strip_products,
 )
 
 _MIN_ROWS, _MAX_ROWS = 32, 256  # of a tile; 32 is one register of 8-bit values
 
 
 class Visits(NamedTuple):
-    """Which group in which tile, in order of both; V is at least their number."""
+    """Which group in which tile, in order of both; of V entries the first `num_visits` count."""
 
-    count: Array  # [] int32: visits in use
+    num_visits: Array  # [] int32: those in use
     tiles: Array  # [V] int32
     experts: Array  # [V] int32: whose weights; of a tile without rows: any that is there already
     starts: Array  # [V] int32: first row of the group
@@ -61,7 +61,7 @@ def plan_visits(group_sizes: Array, *, rows: int, num_tiles: int) -> Visits:
     group = jnp.minimum(jnp.searchsorted(visit_ends, visit, side="right"), E)
     last_used = jnp.max(jnp.where(used, jnp.arange(E), 0))
     return Visits(
-        count=visit_ends[-1].astype(jnp.int32),
+        num_visits=visit_ends[-1].astype(jnp.int32),
         tiles=(first[group] + visit - (visit_ends - counts)[group]).astype(jnp.int32),
         experts=jnp.where(group < E, group, last_used).astype(jnp.int32),
         starts=jnp.append(starts, 0)[group].astype(jnp.int32),
@@ -98,7 +98,7 @@ def grouped_matmul_tpu(
         functools.partial(_kernel, plan=plan, strip=strip),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(-(-F // plan.columns), visits.count),
+            grid=(-(-F // plan.columns), visits.num_visits),
             in_specs=specs,
             out_specs=pl.BlockSpec((rows, plan.columns), lambda f, v, tiles, *_: (tiles[v], f)),
         ),
@@ -131,7 +131,9 @@ def _kernel(
 
     @pl.when(end > start)
     def multiply() -> None:
-        product = strip_product(tuple(inputs), plan=plan, strip=strip)
-        row = tile * plan.rows + jax.lax.broadcasted_iota(jnp.int32, product.shape, 0)
-        own = (row >= start) & (row < end)
-        out_ref[...] = jnp.where(own, product.astype(out_ref.dtype), out_ref[...])
+        for columns, product in strip_products(
+            tuple(inputs), plan=plan, strip=strip, columns=out_ref.shape[1]
+        ):
+            row = tile * plan.rows + jax.lax.broadcasted_iota(jnp.int32, product.shape, 0)
+            own = (row >= start) & (row < end)
+            out_ref[:, columns] = jnp.where(own, product.astype(out_ref.dtype), out_ref[:, columns])

@@ -18,6 +18,7 @@ Zero points are one small matmul: (q - z) s x = q s x - (z s) (sum of x over the
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ from pallas_kernels.quantized import (
 LANES = 128
 _CHUNK = 1024  # inputs multiplied at once: bounds the converted copy in VMEM
 _MIN_SCALED_SUM = 128  # inputs of a block whose scale multiplies the sum and not the values
+_SUMS_IN_REGISTERS = 32 * 1024  # float32, half of the registers
 _VMEM = {"v4": 16, "tpu7x": 64}  # MiB a core; others: 128
 _FULL_PRECISION = jax.lax.Precision.HIGHEST
 
@@ -52,8 +54,8 @@ _TERMS: dict[tuple[str, Format], tuple[str, int, int]] = {
     ("tpu7x", "float8_e4m3fn"): ("float8_e4m3fn", 2, 64),
     ("tpu7x", "float8_e5m2"): ("float8_e4m3fn", 2, 64),
     ("tpu7x", "int4"): ("float8_e4m3fn", 2, 64),
-    ("v5p", "int8"): ("int8", 3, 16),
-    ("v5p", "int4"): ("int8", 3, 16),
+    ("v5p", "int8"): ("int8", 3, 32),
+    ("v5p", "int4"): ("int8", 3, 32),
     ("v6e", "int4"): ("int8", 3, 32),
 }
 
@@ -85,12 +87,12 @@ class Strip:
             D = weight.shape[-2]
             return cls(in_dim=D, format=None, block_rows=D, scalar_columns=0, zeros=False)
         columns = weight.block[1]
-        scalar = columns % LANES == 0 and not weight.zeros
+        in_smem = columns % LANES == 0 and weight.zeros is None
         return cls(
             in_dim=weight.in_dim,
             format=weight.format,
             block_rows=weight.block_rows,
-            scalar_columns=columns if scalar and weight.zeros is None else 0,
+            scalar_columns=columns if in_smem else 0,
             zeros=weight.zeros is not None,
         )
 
@@ -158,7 +160,7 @@ def make_plan(
     """The plan for x of `num_rows` rows; `tile_rows` sets the tile, `dynamic` one 8-bit term."""
     generation = chip.tpu_generation or "v5e"
     strip = Strip.of(weight)
-    rows = min(-(-num_rows // 16) * 16, 256) if tile_rows is None else tile_rows
+    rows = min(-(-num_rows // 8) * 8, 256) if tile_rows is None else tile_rows
     operand, terms = ("bfloat16" if dtype == jnp.bfloat16 else "float32"), 0
     if strip.format is not None and strip.block_rows >= _MIN_SCALED_SUM:
         known = _TERMS.get((generation, strip.format))
@@ -171,7 +173,8 @@ def make_plan(
     D, F = weight.shape[-2:]
     bytes_a_column = D * {None: 2, "int4": 0.5}.get(strip.format, 1)
     most = max(int((4 << 20) / bytes_a_column) // LANES * LANES, LANES)
-    most = min(most, max(-(-F // 4) // LANES * LANES, LANES), 2048)
+    steps = 4 if tile_rows is None else 1  # the groups are steps enough
+    most = min(most, max(-(-F // steps) // LANES * LANES, LANES), 2048)
     columns = F if F <= LANES else most
     for fitting in range(most, most // 2, -LANES):  # rather one that divides F
         if F % fitting == 0:
@@ -229,9 +232,7 @@ def operands(
     scales = spread_columns(scales, weight.block[1], weight.out_dim)
     add_weight(scales, (num_blocks, plan.columns), True)
     if weight.zeros is not None:
-        zeros = spread_columns(
-            weight.zeros.astype(jnp.float32), weight.block[1], weight.out_dim
-        )
+        zeros = spread_columns(weight.zeros.astype(jnp.float32), weight.block[1], weight.out_dim)
         blocks = x.astype(jnp.float32).reshape(x.shape[0], num_blocks, strip.block_rows)
         add_rows(blocks.sum(-1))
         add_weight(zeros * scales, (num_blocks, plan.columns), True)
@@ -267,50 +268,52 @@ def activation_terms(x: Array, plan: Plan) -> tuple[Array, Array]:
     return values.reshape(-1, x.shape[1]), scales.reshape(-1, 1)
 
 
-def strip_product(refs: tuple[Any, ...], *, plan: Plan, strip: Strip) -> Array:
-    """One tile of x by one strip of the weight: [rows, columns] float32.
+def strip_products(
+    refs: tuple[Any, ...], *, plan: Plan, strip: Strip, columns: int
+) -> Iterator[tuple[slice, Array]]:
+    """A tile of x by a strip of the weight, in pieces: columns, and their [rows, ...] float32.
 
-    `refs` are the blocks of what `operands` gave, in its order.
+    `refs` are the blocks of what `operands` gave, in its order. A piece is as wide as its sums
+    may be to stay in registers.
     """
+    rows = plan.rows * max(plan.terms, 1)
+    width = max(_SUMS_IN_REGISTERS // rows // LANES, 2) * LANES
+    for start in range(0, columns, width):
+        piece = slice(start, min(start + width, columns))
+        yield piece, _product(refs, piece, plan=plan, strip=strip)
+
+
+def _product(refs: tuple[Any, ...], columns: slice, *, plan: Plan, strip: Strip) -> Array:
     inputs = list(refs)
     x_ref = inputs.pop(0)
     x_scales_ref = inputs.pop(0) if plan.terms else None
-    if strip.zeros:
-        w_ref, scales_ref, sums_ref, zeros_ref = inputs
-    else:
-        w_ref, scales_ref = (*inputs, None)[:2]
-        sums_ref = zeros_ref = None
+    w_ref = inputs.pop(0)
+    scales_ref = inputs.pop(0) if strip.format is not None else None
 
     scaled_sums = strip.num_blocks > 1 and strip.block_rows >= _MIN_SCALED_SUM
-    chunk = strip.block_rows if scaled_sums or strip.scalar_columns else _CHUNK
-    chunk = min(chunk, strip.in_dim)
-    if scaled_sums and chunk > strip.in_dim:
-        raise ValueError(f"blocks of {chunk} in {strip.in_dim} inputs")
-    total = None
+    chunk = strip.block_rows if scaled_sums else min(_CHUNK, strip.in_dim)
+    total = jnp.zeros((), jnp.float32)
     for start in range(0, strip.in_dim, chunk):
         size = min(chunk, strip.in_dim - start)
-        w = _operand_values(w_ref, start, size, strip, plan)
+        w = _operand_values(w_ref, start, size, columns, strip, plan)
         if not scaled_sums and strip.num_blocks > 1:
-            w = _scale_values(w, scales_ref, start, strip)
-            w = w.astype(plan.operand)
-        integers = w.dtype == jnp.int8
+            w = _scale_values(w, scales_ref, start, columns, strip, plan).astype(plan.operand)
         part = jnp.dot(
             x_ref[:, start : start + size],
             w,
-            preferred_element_type=jnp.int32 if integers else jnp.float32,
+            preferred_element_type=jnp.int32 if w.dtype == jnp.int8 else jnp.float32,
             precision=_FULL_PRECISION if plan.operand == "float32" else None,
         )
         if scaled_sums:
-            part = part.astype(jnp.float32)
-            part *= _scale_row(scales_ref, start // strip.block_rows, part.shape[1], strip)
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("a weight without inputs")
+            scales = _scale_row(scales_ref, start // strip.block_rows, columns, strip, plan)
+            part = part.astype(jnp.float32) * scales
+        total = part if start == 0 else total + part
     total = total.astype(jnp.float32)
     if strip.format is not None and strip.num_blocks == 1:
-        total *= _scale_row(scales_ref, 0, total.shape[1], strip)
-    if sums_ref is not None and zeros_ref is not None:
-        total -= _outer(sums_ref[...], zeros_ref[...])
+        total *= _scale_row(scales_ref, 0, columns, strip, plan)
+    if strip.zeros:
+        sums_ref, zeros_ref = inputs
+        total -= _outer(sums_ref[...], zeros_ref[:, columns])
     if x_scales_ref is None:
         return total
     total *= x_scales_ref[...]
@@ -332,49 +335,57 @@ def interpreter(backend: Backend) -> Any:
 
 def _kernel(*refs: Any, plan: Plan, strip: Strip) -> None:
     *inputs, out_ref = refs
-    out_ref[...] = strip_product(tuple(inputs), plan=plan, strip=strip).astype(out_ref.dtype)
+    for columns, product in strip_products(
+        tuple(inputs), plan=plan, strip=strip, columns=out_ref.shape[1]
+    ):
+        out_ref[:, columns] = product.astype(out_ref.dtype)
 
 
-def _operand_values(w_ref: Any, start: int, size: int, strip: Strip, plan: Plan) -> Array:
+def _operand_values(
+    w_ref: Any, start: int, size: int, columns: slice, strip: Strip, plan: Plan
+) -> Array:
     """Values of `size` inputs from `start`, in the dtype that they are multiplied as.
 
     float32 where a scale a value is still to come, and float8 as stored where x is float8, too.
     """
     if strip.format == "int4":
-        w = pltpu.bitcast(w_ref[start // 2 : (start + size) // 2, :], jnp.int4)
+        w = pltpu.bitcast(w_ref[start // 2 : (start + size) // 2, columns], jnp.int4)
     else:
-        w = w_ref[start : start + size, :]
+        w = w_ref[start : start + size, columns]
     if strip.format is None:
         return w
     if strip.num_blocks > 1 and strip.block_rows < _MIN_SCALED_SUM:
         return w.astype(jnp.float32)
-    if plan.terms and (strip.format or "").startswith("float8"):
+    if plan.terms and strip.format.startswith("float8"):
         return w
     return w.astype(plan.operand)
 
 
-def _scale_values(w: Array, scales_ref: Any, start: int, strip: Strip) -> Array:
+def _scale_values(
+    w: Array, scales_ref: Any, start: int, columns: slice, strip: Strip, plan: Plan
+) -> Array:
     """Values [inputs, columns] by the scales of their blocks."""
     first, count = start // strip.block_rows, w.shape[0] // strip.block_rows
     blocks = w.reshape(count, strip.block_rows, w.shape[1])
     if strip.scalar_columns:
-        rows = [_scale_row(scales_ref, first + i, w.shape[1], strip) for i in range(count)]
+        rows = [_scale_row(scales_ref, first + i, columns, strip, plan) for i in range(count)]
         scales = jnp.concatenate(rows)
     else:
-        scales = scales_ref[first : first + count, :]
+        scales = scales_ref[first : first + count, columns]
     return (blocks * scales[:, None, :]).reshape(w.shape)
 
 
-def _scale_row(scales_ref: Any, block: int, columns: int, strip: Strip) -> Array:
+def _scale_row(scales_ref: Any, block: int, columns: slice, strip: Strip, plan: Plan) -> Array:
     """The scales of a block of inputs, one a column: [1, columns]."""
     if not strip.scalar_columns:
-        return scales_ref[block : block + 1, :]
-    first = pl.program_id(0) * columns
+        return scales_ref[block : block + 1, columns]
+    first = pl.program_id(0) * plan.columns + columns.start
     pieces = []
-    for lane in range(0, columns, LANES):
+    for lane in range(0, columns.stop - columns.start, LANES):
         # The last strip may overhang: its surplus columns take the last scale.
         index = jnp.minimum((first + lane) // strip.scalar_columns, scales_ref.shape[1] - 1)
-        pieces.append(jnp.full((1, min(LANES, columns - lane)), scales_ref[block, index]))
+        width = min(LANES, columns.stop - columns.start - lane)
+        pieces.append(jnp.full((1, width), scales_ref[block, index]))
     return jnp.concatenate(pieces, axis=1)
 
 
@@ -382,6 +393,4 @@ def _outer(sums: Array, zeros: Array) -> Array:
     """sums [rows, blocks] @ zeros [blocks, columns], in full precision."""
     if sums.shape[1] == 1:
         return sums * zeros
-    return jnp.dot(
-        sums, zeros, preferred_element_type=jnp.float32, precision=_FULL_PRECISION
-    )
+    return jnp.dot(sums, zeros, preferred_element_type=jnp.float32, precision=_FULL_PRECISION)
