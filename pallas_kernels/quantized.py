@@ -178,7 +178,7 @@ def quantize_activations(x: Array, dtype: jax.typing.DTypeLike) -> tuple[Array, 
     largest = jnp.abs(x).max(-1, keepdims=True)
     scale = jnp.where(largest > 0, largest / limit, 1.0)
     x = jnp.clip(x / scale, -limit, limit)
-    return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), scale
+    return (jnp.round(x) if jnp.dtype(dtype) == jnp.int8 else x).astype(dtype), scale
 
 
 def _encode(values: Array, format: Format, *, asymmetric: bool) -> Array:

@@ -206,8 +206,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     weight = quantize(random_weight((64, 32)), "int8")
     with pytest.raises(ValueError, match="expected .T, D. by .D, F."):
         quantized_matmul(inputs(2, 32), weight, backend=XLA)
+    wrong = dataclasses.replace(weight, scales=weight.scales[:, :-1])
     with pytest.raises(ValueError, match="scales"):
-        wrong = dataclasses.replace(weight, scales=weight.scales[:, :-1])
         quantized_matmul(inputs(2, 64), wrong, backend=XLA)
     with pytest.raises(ValueError, match="zero points are for int4"):
         quantize(random_weight((64, 32)), "int8", zeros=True)
@@ -232,11 +232,12 @@ def test_a_backend_refuses_the_wrong_chip_with_its_reason() -> None:
 @pytest.mark.parametrize("name", list(MATMUL_CASES))
 def test_the_case_table_holds_weights_that_fit_together(name: str) -> None:
     case = MATMUL_CASES[name]
-    if case.format is not None:
+    format = case.format
+    if format is not None:
         lead = () if case.num_experts is None else (case.num_experts,)
         shape = jax.ShapeDtypeStruct((*lead, case.in_dim, case.out_dim), jnp.float32)
         weight = jax.eval_shape(
-            lambda w: quantize(w, case.format, block=case.block, zeros=case.zeros),
+            lambda w: quantize(w, format, block=case.block, zeros=case.zeros),
             shape,
         )
         weight.check()
