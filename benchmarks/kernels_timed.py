@@ -145,12 +145,19 @@ def check(*, smoke: bool) -> list[dict[str, Any]]:
 
 
 def time_workloads(
-    by: str, chosen: list[Workload], *, end_s: float, add: Callable[[dict[str, Any]], None]
+    by: str,
+    chosen: list[Workload],
+    *,
+    end_s: float,
+    add: Callable[[dict[str, Any]], None],
+    tiles: dict[str, dict[str, int]] | None = None,
 ) -> None:
-    """Times an implementation that runs in JAX, and for "ours" the device's copy."""
+    """Times an implementation that runs in JAX, and for "ours" the device's copy first."""
     import jax
 
-    if by == "ours":
+    from pallas_kernels import tuning
+
+    if by == "ours" and tiles is None:
         add({"copy_bytes_per_s": copy_bandwidth(small=jax.default_backend() == "cpu")})
     for workload in chosen:
         result: dict[str, Any] = {"workload": workload.name, "case": workload.case, "by": by}
@@ -158,7 +165,10 @@ def time_workloads(
             add({**result, "absent": "no time left"})
             continue
         try:
-            add({**result, **_time(by, workload)})
+            with tuning.trying(tiles or {}) as used:
+                figures = _time(by, workload)
+            chip = jax.devices()[0].device_kind
+            add({**result, **figures, "tiles": used, "chip": chip})
         except (ValueError, NotImplementedError, RuntimeError) as error:  # XLA's are RuntimeErrors
             add({**result, "absent": f"{type(error).__name__}: {str(error)[:500]}"})
 
@@ -388,10 +398,32 @@ def run(*, smoke: bool, json: Path | None, budget_s: float | None) -> None:
     report(chosen, record["results"])
 
 
-def _child(by: str, chosen: list[Workload], *, smoke: bool, end_s: float) -> list[dict[str, Any]]:
-    """Results of a child process, those before its end if it fails; its failure is one of them."""
+def time_with_tiles(
+    workload: Workload, tiles: dict[str, dict[str, int]], *, time_limit_s: float = 300.0
+) -> list[dict[str, Any]]:
+    """A workload by our kernels with those tile sizes by operation; in a process of its own."""
+    end_s = time.monotonic() + time_limit_s
+    return _child("ours", [workload], smoke=False, end_s=end_s, tiles=tiles)[:1]
+
+
+def _child(
+    by: str,
+    chosen: list[Workload],
+    *,
+    smoke: bool,
+    end_s: float,
+    tiles: dict[str, dict[str, int]] | None = None,
+) -> list[dict[str, Any]]:
+    """Results of a child process, those before its end if it fails; its failure is one of them.
+
+    With `tiles` it measures no copy.
+    """
     seconds = max(end_s - time.monotonic(), 1)
-    asked = {"workloads": [dataclasses.asdict(w) for w in chosen], "budget_s": seconds - 8}
+    asked = {
+        "workloads": [dataclasses.asdict(w) for w in chosen],
+        "budget_s": seconds - 8,
+        "tiles": tiles,
+    }
     python = os.environ.get("PEER_PYTHON") if by == "torch" else None
     module = "benchmarks.gpu.torch_attention" if by == "torch" else "benchmarks.kernels_timed"
     command = [python or sys.executable, "-m", module, "--by", by, *(["--smoke"] if smoke else [])]
@@ -491,7 +523,7 @@ def main() -> None:
         Workload(**{**w, "rows": tuple(tuple(row) for row in w["rows"])})
         for w in asked["workloads"]
     ]
-    time_workloads(args.by, chosen, end_s=end_s, add=add)
+    time_workloads(args.by, chosen, end_s=end_s, add=add, tiles=asked["tiles"])
 
 
 if __name__ == "__main__":
