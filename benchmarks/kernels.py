@@ -159,11 +159,11 @@ def _tpu_rows(result: dict[str, Any]) -> Iterator[list[object]]:
         ]
 
 
-def write_budgets(pattern: str) -> int:
+def write_budgets(pattern: str, *, slow: bool = True) -> int:
     """Measures the gates whose names match and writes their budgets; returns how many failed."""
     failed, measured = 0, {}
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        chosen = list(gate.select(pattern))
+        chosen = list(gate.select(pattern, slow=slow))
         results = pool.map(_measured, chosen)
         for each, budget in zip(chosen, results, strict=True):
             if isinstance(budget, CompileFailed):
@@ -188,11 +188,12 @@ def main() -> None:
     mode.add_argument("--static", nargs="*", metavar="TARGET", help=f"default: {' '.join(TPUS)}")
     mode.add_argument("--write-budgets", nargs="?", const="", metavar="PATTERN")
     mode.add_argument("--smoke", action="store_true", help="tiny shapes, any machine")
+    parser.add_argument("--quick", action="store_true", help="budgets of quick gates only")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--budget-s", type=float, help="leave out what does not fit")
     args = parser.parse_args()
     if args.write_budgets is not None:
-        sys.exit(write_budgets(args.write_budgets))
+        sys.exit(write_budgets(args.write_budgets, slow=not args.quick))
     if args.static is not None:
         targets = args.static or [*TPUS, "h100", "b200", "a100", "l4"]
         missing = {target: reason for target in targets if (reason := why_not(target))}

@@ -106,6 +106,51 @@ def model_step(
     return Program(fn=step, args=arguments, donate=(1,), compiler_options=options)
 
 
+def matmul(
+    target: Target,
+    case: str,
+    *,
+    num_tokens: int = 64,
+    activations: Any = "keep",
+    backend: str | None = None,
+    tiles: dict[str, dict[str, int]] | None = None,
+) -> Program:
+    """Activations by a quantized weight, or tokens by their experts: a case of `matmul_cases`.
+
+    Raises BackendRefused.
+    """
+    from pallas_kernels import grouped_matmul, quantized_matmul
+    from pallas_kernels.matmul_cases import MATMUL_CASES
+    from pallas_kernels.quantized import quantize
+
+    shape = MATMUL_CASES[case]
+    name: Any = backend or target.chip.platform
+    chosen = Backend(name=name, chip=target.chip)
+    experts = () if shape.num_experts is None else (shape.num_experts,)
+    weight: Any = jax.ShapeDtypeStruct((*experts, shape.in_dim, shape.out_dim), jnp.bfloat16)
+    if shape.format is not None:
+        make = functools.partial(
+            quantize, format=shape.format, block=shape.block, zeros=shape.zeros
+        )
+        weight = jax.eval_shape(make, weight)
+    num_rows = num_tokens * shape.top_k
+    x = jax.ShapeDtypeStruct((num_rows, shape.in_dim), jnp.bfloat16)
+    if shape.num_experts is None:
+        reason = quantized_matmul.why_not(name, weight, chip=target.chip, activations=activations)
+        call = functools.partial(
+            quantized_matmul.quantized_matmul, backend=chosen, activations=activations
+        )
+        args = (x, weight)
+    else:
+        reason = grouped_matmul.why_not(name, weight, chip=target.chip)
+        call = functools.partial(grouped_matmul.grouped_matmul, backend=chosen)
+        args = (x, weight, jax.ShapeDtypeStruct(experts, jnp.int32))
+    if reason is not None:
+        raise BackendRefused(reason)
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+    return Program(fn=call, args=args, notes={"weight_bytes": num_bytes}, tiles=tiles or {})
+
+
 def bundled_ragged(
     target: Target,
     case: str,

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "requirements.lock"
+COMPILERS = ROOT / "requirements-compile.lock"
 REGISTRY = re.compile(r"(?:pypi|pythonhosted|npmjs|artifactory|devpi)[\w.-]*\.(?:com|io|net|org)\b")
 MACHINE_PATH = re.compile(r"(?<![\w.~}])/(?:home|Users|root|work)/\w")
 SLOW_IMPORTS = ["flax", "huggingface_hub", "jax", "orbax", "tokenizers", "transformers"]
@@ -49,10 +50,11 @@ def test_a_pattern_sees_what_it_is_for(pattern: re.Pattern[str], bad: list[str],
     assert not pattern.search(good)
 
 
-def test_the_lock_has_a_version_and_hashes_for_each_package() -> None:
-    text = re.sub(r"^#.*\n", "", LOCK.read_text(), flags=re.MULTILINE)
+@pytest.mark.parametrize(("lock", "least"), [(LOCK, 50), (COMPILERS, 5)])
+def test_a_lock_has_a_version_and_hashes_for_each_package(lock: Path, least: int) -> None:
+    text = re.sub(r"^#.*\n", "", lock.read_text(), flags=re.MULTILINE)
     entries = re.split(r"\n(?=\S)", text.strip())
-    assert len(entries) > 50
+    assert len(entries) >= least
     pinned = re.compile(r"[\w.-]+==\S+( ; [^\\]+)?( \\\n    --hash=sha256:[0-9a-f]{64})+")
     assert [entry for entry in entries if not pinned.fullmatch(entry)] == []
 
@@ -69,6 +71,17 @@ def test_the_lock_holds_what_the_package_asks_for() -> None:
     names = {match[0].lower() for spec in asked if (match := re.match(r"[\w-]+", spec))}
     locked = set(re.findall(r"^([\w.-]+)==", LOCK.read_text(), flags=re.MULTILINE))
     assert names - locked == set()
+
+
+def test_the_compilers_are_locked_apart_and_are_those_of_the_jax_in_the_lock() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {re.split(r"[ ;=<>]", each)[0] for each in project["optional-dependencies"]["compile"]}
+    versions = [dict(re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(), flags=re.MULTILINE))
+                for lock in (LOCK, COMPILERS)]  # fmt: skip
+    shared, compilers = versions
+    assert asked - set(compilers) == set()
+    assert {compilers[f"jax-cuda13-{part}"] for part in ("pjrt", "plugin")} == {shared["jax"]}
+    assert set(shared) & set(compilers) == set()
 
 
 @pytest.mark.parametrize("module", ["jaxserve", "jaxserve.cli"])

@@ -19,6 +19,7 @@ MARKED = [
 SMALL = {"temporaries": 10, "kernels": {"decode": {"spills": 5}}}
 
 
+@pytest.mark.timeout(600)  # its process has a limit of its own, and on a GPU two tries
 @pytest.mark.parametrize("name", MARKED)
 def test_a_kernel_compiles_within_its_budget(name: str) -> None:
     missing = why_not(GATES[name].job.target)
