@@ -34,8 +34,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.chips import Chip
 
-# libtpu asks a metadata server who it is unless it is told; any accelerator type will do. Nor does it
-# want to be loaded by two processes at a time, which is about devices that are not there.
+# libtpu asks a metadata server who it is unless it is told; any accelerator type will do. Nor does
+# it want to be loaded by two processes at a time, which is about devices that are not there.
 QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_PLATFORMS": "cpu",

@@ -455,7 +455,9 @@ def _load_item(
 
     for group in range(packing.groups):
         head, token = divmod(group * _ALIGN, packing.tokens)
-        tokens = pl.ds(pl.multiple_of(item.base + token, _ALIGN), _ALIGN)  # past the last token TMA fills in zeros
+        tokens = pl.ds(
+            pl.multiple_of(item.base + token, _ALIGN), _ALIGN
+        )  # past the last token TMA fills in zeros
         rows = pl.ds(group * _ALIGN % _WGMMA_ROWS, _ALIGN)
         target = shared.q_smem.at[group * _ALIGN // _WGMMA_ROWS, rows]
         source = q_ref.at[tokens, item.unit * packing.heads + head]

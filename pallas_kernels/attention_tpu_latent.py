@@ -297,12 +297,12 @@ class _Fetcher:
 
         @pl.when((row < num_rows) & ((row > expected) | (expected == 0)))
         def _() -> None:
-            self._lists.start(row)
+            self._lists.start(row, row)
             self._lists.wait(row)
 
         @pl.when(row + 1 < num_rows)
         def _() -> None:
-            self._lists.start(row + 1)
+            self._lists.start(row + 1, row + 1)
 
     def fetch(self) -> None:
         """Start to fetch the next block, and with a tile's first one its queries; if there is one.

@@ -27,7 +27,7 @@ offset = 0, scoped, tag = 'scratch operand']
 
 
 def write_tpu_dumps(folder: Path, name: str = "decode.1") -> None:
-    """20 cycles: a loop of 16 that issues copies in [4, 6), works in 7 and 8, and rarely in [11, 15)."""
+    """20 cycles: a loop of 16: copies in [4, 6), work in 7 and 8, and rarely in [11, 15)."""
     rows = []
     for cycle in range(20):
         matmul = 2 if cycle in (7, 8, 12) else 0
