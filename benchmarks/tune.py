@@ -69,7 +69,8 @@ OPS = {
     ),
     "tpu_mixed": Op(
         kernel="mixed",
-        space={"tile": (16, 32, 64, 128), "block": (256, 512, 1024), "sub": (128, 256, 512)},
+        space={"heads": (1, 2, 4), "block": (256, 512, 1024), "unit": (128, 256, 512)},
+        # A wider tile costs more cycles a block and reads fewer blocks: not for this cost to judge.
         batch=_PREFILL,
         rows=((1024, 4096),),
     ),

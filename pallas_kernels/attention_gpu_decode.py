@@ -35,6 +35,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import tuning
 from pallas_kernels.backend import Backend
 from pallas_kernels.gpu_split import (
     SplitPlan,
@@ -157,7 +158,9 @@ def attend_decode(
 ) -> Array:
     """Attention of the first `pages.num_decode_rows` tokens: [T, N, H]. Other tokens get zeros."""
     kv = spec.kv
-    tiles = tiles or decode_tiles(spec)
+    if tiles is None:
+        key = tuning.attention_key(spec)
+        tiles = tuning.tiles("gpu_decode", backend.chip, key, decode_tiles(spec))
     if interpret is None and backend.interpret:
         interpret = plgpu.InterpretGPUParams()
     num_workers = tiles.num_workers

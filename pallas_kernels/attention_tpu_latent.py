@@ -26,6 +26,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tuning
 from pallas_kernels.backend import Backend
 from pallas_kernels.chips import Chip
 from pallas_kernels.kv_write import LANES, page_layout
@@ -124,7 +125,9 @@ def attend_latent(
     Decode rows, chunks and whole prompts are all the same to it; padding tokens get zeros.
     """
     kv = spec.kv
-    tiles = tiles or default_tiles(spec, backend)
+    if tiles is None:
+        key = tuning.attention_key(spec)
+        tiles = tuning.tiles("tpu_latent", backend.chip, key, default_tiles(spec, backend))
     num_tokens, num_heads, head_dim = q.shape
     padding = -num_heads % _HEADS
     shape = _Shape(

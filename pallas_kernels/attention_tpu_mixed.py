@@ -26,6 +26,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tuning
 from pallas_kernels.backend import Backend
 from pallas_kernels.kv_write import LANES, PageLayout, page_layout
 from pallas_kernels.tpu_pages import BlockRows, PageBlock, PageLists, divide, interpreter
@@ -79,7 +80,9 @@ def attend_mixed(
 ) -> Array:
     """`out` with the attention of the rows from num_decode_rows on in their tokens' places."""
     kv, layout = spec.kv, page_layout(spec.kv, backend)
-    tiles = tiles or default_tiles(spec, backend)
+    if tiles is None:
+        key = tuning.attention_key(spec)
+        tiles = tuning.tiles("tpu_mixed", backend.chip, key, default_tiles(spec, backend))
     num_tokens, width = q.shape[0], layout.page[2]
     if tiles.block % kv.page_size or tiles.block % tiles.unit or spec.group % tiles.heads:
         raise ValueError(f"{tiles} do not fit each other and pages of {kv.page_size} tokens")
@@ -264,16 +267,17 @@ def _kernel(
         """Attend to a block. `bounds`, for a block that not all queries see all of: the position
         of its first token beside the tile's first query's, and the end of what is written.
         """
-        for first in range(0, tiles.block, tiles.unit):
-            if bounds is None:
+        if bounds is None:
+            for first in range(0, tiles.block, tiles.unit):
                 attend_unit(slot, first, None)
-            else:
+            return
+        num_tokens = jnp.minimum(bounds[1], tiles.block)
 
-                @pl.when(first < bounds[1])
-                def _(first: int = first) -> None:
-                    attend_unit(slot, first, bounds)
+        @pl.loop(0, divide(num_tokens + (tiles.unit - 1), tiles.unit))
+        def _(number: Array) -> None:
+            attend_unit(slot, number * tiles.unit, bounds)
 
-    def attend_unit(slot: Any, first: int, bounds: tuple[Any, Any] | None) -> None:
+    def attend_unit(slot: Any, first: Any, bounds: tuple[Any, Any] | None) -> None:
         rows = BlockRows(block, buffers, slot, first, tiles.unit, dtype, interpret=interpret)
         seen = value_seen = None
         if bounds is not None:
@@ -369,7 +373,7 @@ def _kernel(
 
 
 def _seen(
-    bounds: tuple[Any, Any], first: int, spec: AttentionSpec, tiles: MixedTiles
+    bounds: tuple[Any, Any], first: Any, spec: AttentionSpec, tiles: MixedTiles
 ) -> tuple[Array, Array]:
     """Which of a unit's tokens from `first` of its block on each query row sees, and which any row
     of the tile may: [rows, unit], [unit, 1].
