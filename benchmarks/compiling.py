@@ -13,7 +13,7 @@ Mosaic GPU its architecture, and a faulty kernel can abort both.
 import argparse
 import dataclasses
 import importlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import re
@@ -92,11 +92,13 @@ class Compiled:
     pallas_kernels: Sequence[str]  # names in the program of those that Pallas made
     notes: Mapping[str, Any]
     tiles: Mapping[str, Mapping[str, int]]  # that its kernels were given, by operation
+    versions: Mapping[str, str]  # of JAX and the compiler
 
     @property
     def figures(self) -> dict[str, Any]:
         """Those of the whole program, for a JSON file."""
-        return {name: getattr(self, name) for name in ("compile_s", "memory", "notes", "tiles")}
+        names = ("compile_s", "memory", "notes", "tiles", "versions")
+        return {name: getattr(self, name) for name in names}
 
 
 def packages_path() -> list[str]:
@@ -218,7 +220,7 @@ def build(job: Job) -> Program:
 def compile_here(job: Job) -> dict[str, Any]:
     """Compiles a job in this process: what `Compiled` holds of it, or why it was refused."""
     from pallas_kernels import tuning
-    from pallas_kernels.aot import target
+    from pallas_kernels.aot import GPUS, target
     from pallas_kernels.backend import BackendRefused
 
     try:
@@ -234,6 +236,7 @@ def compile_here(job: Job) -> dict[str, Any]:
             compiler_options=program.compiler_options,
         )
     took_s = time.perf_counter() - start
+    compiler = "jax-cuda13-plugin" if job.target in GPUS else "libtpu"
     stats: Any = executable.memory_analysis()
     memory = {
         "arguments": stats.argument_size_in_bytes,
@@ -248,6 +251,7 @@ def compile_here(job: Job) -> dict[str, Any]:
         "pallas_kernels": re.findall(named, executable.as_text() or ""),
         "notes": dict(program.notes),
         "tiles": tiles,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", compiler)},
     }
 
 

@@ -187,7 +187,9 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--static", nargs="*", metavar="TARGET", help=f"default: {' '.join(TPUS)}")
     mode.add_argument("--write-budgets", nargs="?", const="", metavar="PATTERN")
-    mode.add_argument("--smoke", action="store_true", help="tiny shapes, any machine")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, any machine")
+    mode.add_argument("--check", action="store_true", help="the results alone, nothing is timed")
+    mode.add_argument("--checked", action="store_true", help="time alone: they were checked before")
     parser.add_argument("--quick", action="store_true", help="budgets of quick gates only")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--budget-s", type=float, help="leave out what does not fit")
@@ -205,7 +207,13 @@ def main() -> None:
         return
     from benchmarks import kernels_timed  # imports jax for the device that is here
 
-    kernels_timed.run(smoke=args.smoke, json=args.json, budget_s=args.budget_s)
+    kernels_timed.run(
+        smoke=args.smoke,
+        json=args.json,
+        budget_s=args.budget_s,
+        only_check=args.check,
+        checked=args.checked,
+    )
 
 
 if __name__ == "__main__":

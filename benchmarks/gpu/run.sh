@@ -3,9 +3,11 @@
 #
 #   benchmarks/gpu/run.sh            bfloat16, Llama-3.1-8B and Qwen3-0.6B shapes, random weights
 #   benchmarks/gpu/run.sh --smoke    the same with tiny shapes; runs on a CPU too
+#   benchmarks/gpu/run.sh --kernels  the kernels alone, all their shapes
 #
 # It first compares logits with the CPU's and stops if they differ, then measures the ceilings of
-# the device, then jaxserve, then transformers. No network is used and no weights are needed.
+# the device, then the attention kernels (which check themselves first), then jaxserve, then
+# transformers. No network is used and no weights are needed.
 #
 #   OUT=folder       where the JSON files go (default build/gpu)
 #   PYTHON=python3   needs jaxserve's packages; PEER_PYTHON=$PYTHON needs torch and transformers
@@ -15,19 +17,25 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-build/gpu}
 PYTHON=${PYTHON:-python3}
-PEER_PYTHON=${PEER_PYTHON:-$PYTHON}
+export PEER_PYTHON=${PEER_PYTHON:-$PYTHON}
 BUDGET_S=${BUDGET_S:-470}
 ARGS=${ARGS:-"{}"}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 
 smoke=()
+only=all
 shapes=(llama-3.1-8b qwen3-0.6b-shapes)
 patience=1
 if [[ "${1:-}" == --smoke ]]; then
   smoke=(--smoke)
   shapes=(smoke)
   patience=6 # a busy CPU compiles slowly, and nobody waits for a device
+elif [[ "${1:-}" == --kernels ]]; then
+  only=kernels
+elif (($#)); then
+  sed -n '2,/^set/{/^#/p}' "$0"
+  exit 2
 fi
 BUDGET_S=$((BUDGET_S * patience))
 
@@ -52,18 +60,36 @@ stage() {
 with_budget() { exec "$@" --budget-s "$budget"; }
 export -f with_budget
 
+# kernels SECONDS: the attention kernels, checked before they are timed; every peer may be absent.
+kernels() {
+  stage "kernels' self-check" 80 "$PYTHON" -m benchmarks.kernels --check \
+    --json "$OUT/kernels-check.json" "${smoke[@]}"
+  case $? in
+    0) ;;
+    3) echo "A kernel is wrong: nothing more is measured." && exit 1 ;;
+    *) echo "The kernels' self-check did not finish: they are not timed." && return 1 ;;
+  esac
+  stage kernels "$1" bash -c 'with_budget "$@"' - "$PYTHON" -m benchmarks.kernels --checked \
+    --json "$OUT/kernels.json" "${smoke[@]}"
+}
+
+if [[ $only == kernels ]]; then
+  kernels "$BUDGET_S"
+  exit
+fi
 stage check 120 "$PYTHON" -m benchmarks.gpu.check --json "$OUT/check.json" || {
   echo "The logits are not right (or the check did not finish): nothing is measured."
   exit 1
 }
 stage ceilings 40 "$PYTHON" -m benchmarks.gpu.ceilings --json "$OUT/ceilings.json" "${smoke[@]}" ||
   exit 1
-seconds=170
+kernels 90
+seconds=150
 for shape in "${shapes[@]}"; do
   stage "jaxserve $shape" $seconds bash -c 'with_budget "$@"' - "$PYTHON" -m benchmarks.gpu.serve \
     --config "benchmarks/gpu/configs/$shape" --ceilings "$OUT/ceilings.json" \
     --json "$OUT/serve-$shape.json" --args "$ARGS" "${smoke[@]}"
-  seconds=100
+  seconds=90
 done
 for shape in "${shapes[@]}"; do
   stage "transformers $shape" 45 bash -c 'with_budget "$@"' - \
