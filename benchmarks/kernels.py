@@ -161,7 +161,7 @@ def _tpu_rows(result: dict[str, Any]) -> Iterator[list[object]]:
 
 def write_budgets(pattern: str, *, slow: bool = True) -> int:
     """Measures the gates whose names match and writes their budgets; returns how many failed."""
-    failed, measured = 0, {}
+    failed = 0
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
         chosen = list(gate.select(pattern, slow=slow))
         results = pool.map(_measured, chosen)
@@ -169,9 +169,8 @@ def write_budgets(pattern: str, *, slow: bool = True) -> int:
             if isinstance(budget, CompileFailed):
                 failed += 1
             else:
-                measured[each.name] = budget
+                gate.write({each.name: budget})  # one by one: nothing is lost when it is stopped
             print(f"{each.name}: {budget}", flush=True)
-    gate.write(measured)
     return failed
 
 
