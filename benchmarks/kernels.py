@@ -10,6 +10,7 @@ they leave out). `--json FILE` writes everything that was read or measured.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,12 +54,16 @@ def comparisons() -> list[Comparison]:
     ]
 
 
-def static(targets: list[str]) -> list[dict[str, Any]]:
-    """Compiles every comparison for every target; prints tables and returns all figures."""
+def static(targets: list[str], batches: str = "") -> list[dict[str, Any]]:
+    """Compiles comparisons, those whose names match `batches`, for every target.
+
+    Prints tables and returns all figures.
+    """
     jobs = [
         (comparison, label, Job.of(target, f"benchmarks.programs:{function}", **arguments))
         for target in targets
         for comparison in comparisons()
+        if re.search(batches, comparison.name)
         for label, function, arguments in _programs(comparison, target)
     ]
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
@@ -189,6 +194,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, any machine")
     mode.add_argument("--check", action="store_true", help="the results alone, nothing is timed")
     mode.add_argument("--checked", action="store_true", help="time alone: they were checked before")
+    parser.add_argument("--batches", default="", metavar="PATTERN", help="of --static: which")
     parser.add_argument("--quick", action="store_true", help="budgets of quick gates only")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--budget-s", type=float, help="leave out what does not fit")
@@ -200,7 +206,7 @@ def main() -> None:
         missing = {target: reason for target in targets if (reason := why_not(target))}
         if missing:
             sys.exit(f"cannot compile: {missing}")
-        results = static(targets)
+        results = static(targets, args.batches)
         if args.json:
             write_json(args.json, benchmark="kernels, static", results=results)
         return
