@@ -124,7 +124,7 @@ def attend_decode(
         tiles = tuning.tiles("tpu_decode", backend.chip, key, default_tiles(spec, backend))
     kv, layout = spec.kv, page_layout(spec.kv, backend)
     num_rows = pages.kv_lens.shape[0]
-    width = layout.page[2]
+    width = layout.width
     is_wide = backend.chip.tpu_generation in ("v6e", "tpu7x")
     stacks = _Stacks.of(spec, width, mxu_size=256 if is_wide else 128)
     block = PageBlock(

@@ -83,7 +83,7 @@ def attend_mixed(
     if tiles is None:
         key = tuning.attention_key(spec)
         tiles = tuning.tiles("tpu_mixed", backend.chip, key, default_tiles(spec, backend))
-    num_tokens, width = q.shape[0], layout.page[2]
+    num_tokens, width = q.shape[0], layout.width
     if tiles.block % kv.page_size or tiles.block % tiles.unit or spec.group % tiles.heads:
         raise ValueError(f"{tiles} do not fit each other and pages of {kv.page_size} tokens")
     block = PageBlock(layout=layout, dtype=kv.dtype, num_pages=tiles.block // kv.page_size)

@@ -24,7 +24,9 @@ LANES = 128  # of a TPU's vector register
 class PageLayout:
     """How a page lies in memory: the shape `page` of its three axes, and what a row of it is.
 
-    pairs: `[page_size, C, W]`, key and value alternate along C >= 2K, W >= head_dim.
+    pairs: `[page_size, C, W]`, key and value alternate along C >= 2K, W >= head_dim. For TPUs, one
+    that is wider than 128 is `folds` rows of 128 one after the other, and C >= 2K * folds: in rows
+    of 256 a tile of the array would not be a contiguous part of it.
     packed: `[page_size, C, W]`, a head's key and value side by side in one row of W = 2 * head_dim,
     C >= K.
     latent: `[page_size / S, S, W]`, one row a token, S tokens side by side, W >= head_dim. For
@@ -34,6 +36,12 @@ class PageLayout:
 
     kind: Literal["pairs", "packed", "latent"]
     page: tuple[int, int, int]
+    folds: int = 1  # rows that a key, or a value, takes
+
+    @property
+    def width(self) -> int:
+        """Columns of a key with its padding."""
+        return self.folds * self.page[2]
 
 
 def page_layout(spec: KVSpec, backend: Backend) -> PageLayout:
@@ -48,7 +56,9 @@ def page_layout(spec: KVSpec, backend: Backend) -> PageLayout:
         return PageLayout(kind="latent", page=(1, size, _up(width, LANES)))
     if 2 * width == LANES:
         return PageLayout(kind="packed", page=(size, _up(num_heads, sublanes), LANES))
-    return PageLayout(kind="pairs", page=(size, _up(2 * num_heads, sublanes), _up(width, LANES)))
+    folds = -(-width // LANES)
+    height = _up(2 * num_heads * folds, sublanes)
+    return PageLayout(kind="pairs", page=(size, height, LANES), folds=folds)
 
 
 def kv_pages_shape(
@@ -117,7 +127,9 @@ def split_kv(rows: Array, spec: KVSpec, layout: PageLayout) -> tuple[Array, Arra
     if layout.kind == "packed":
         rows = rows[..., :num_heads, :]
         return rows[..., :width], rows[..., width : 2 * width]
-    rows = rows[..., : 2 * num_heads, :width]
+    num_rows = 2 * num_heads
+    rows = rows[..., : num_rows * layout.folds, :]
+    rows = rows.reshape(*rows.shape[:-2], num_rows, layout.width)[..., :width]
     return rows[..., 0::2, :], rows[..., 1::2, :]
 
 
@@ -136,9 +148,10 @@ def _rows(k: Array, v: Array | None, layout: PageLayout) -> Array:
         pairs = jnp.stack([k, v], axis=2)  # [T, K, 2, H]
         width = k.shape[2] * (2 if layout.kind == "packed" else 1)
         rows = pairs.reshape(num_tokens, -1, width)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, layout.width - rows.shape[2])))
+    rows = rows.reshape(num_tokens, -1, layout.page[2])
     height = 1 if layout.kind == "latent" else layout.page[1]
-    pad = ((0, 0), (0, height - rows.shape[1]), (0, layout.page[2] - rows.shape[2]))
-    return jnp.pad(rows, pad)
+    return jnp.pad(rows, ((0, 0), (0, height - rows.shape[1]), (0, 0)))
 
 
 def _up(size: int, multiple: int) -> int:

@@ -197,16 +197,22 @@ class BlockRows:
         self._words: dict[int, list[Array]] = {}
 
     def key(self, head: int) -> Array:
-        """[count, W]; a packed layout has the value in the right half of it."""
-        return self._row(head if self._is_packed else 2 * head)
+        """[count, layout.width]; a packed layout has the value in the right half of it."""
+        return self._rows(head if self._is_packed else 2 * head)
 
     def value(self, head: int) -> Array:
-        """[count, W]; a packed layout has the key in the left half of it."""
-        return self._row(head if self._is_packed else 2 * head + 1)
+        """[count, layout.width]; a packed layout has the key in the left half of it."""
+        return self._rows(head if self._is_packed else 2 * head + 1)
 
     @property
     def _is_packed(self) -> bool:
         return self._block.layout.kind == "packed"
+
+    def _rows(self, number: int) -> Array:
+        """The number-th key or value: its rows side by side."""
+        folds = self._block.layout.folds
+        rows = [self._row(row) for row in range(number * folds, (number + 1) * folds)]
+        return rows[0] if folds == 1 else jnp.concatenate(rows, axis=1)
 
     def _row(self, row: int) -> Array:
         word, index = divmod(row, self._block.packing)

@@ -1,12 +1,14 @@
 """paged_attention on TPUs, in Pallas' interpreter: whole ragged batches, and what is refused."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import compiling
 from pallas_kernels.attention_tpu import why_not
 from pallas_kernels.backend import Backend
 from pallas_kernels.cases import CASES, attention_case
@@ -40,6 +42,31 @@ def test_a_ragged_batch_matches_dense_attention(spec: AttentionSpec) -> None:
     num_used = int(batch.pages.query_starts[-1])
     assert error(out, oracle(spec, batch)) <= 1e-2
     assert not np.any(np.asarray(out[num_used:], np.float32)), "padding is not zero"
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"),
+    [
+        ("gemma-3-4b", "bfloat16"),
+        pytest.param("gemma-2b", "float32", marks=pytest.mark.slow),
+        pytest.param("gemma-2b", "float8_e4m3fn", marks=pytest.mark.slow),
+        pytest.param("stablelm-3b", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("llama-3.2-1b/tp8", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("llama-3.2-1b/tp8", "int8", marks=pytest.mark.slow),
+        pytest.param("llama-3.1-8b/tp8", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("llama-3.1-8b/tp8", "float8_e4m3fn", marks=pytest.mark.slow),
+    ],
+)
+def test_no_layout_of_a_page_makes_the_compiler_copy_the_cache(name: str, kv_dtype: str) -> None:
+    missing = compiling.why_not("v5e")
+    if missing:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    rows = {"num_rows": 64, "context": 2048}
+    job = compiling.Job.of(
+        "v5e", "benchmarks.programs:attention", case=name, kv_dtype=kv_dtype, **rows
+    )
+    with compiling.compiled(job, retries=1) as result:
+        assert result.memory["temporaries"] < rows["num_rows"] * rows["context"] * 128
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("tiny")])

@@ -43,7 +43,7 @@ def metadata(slots: list[int], num_pages: int) -> PageMetadata:
         ("llama-3.1-8b", "bfloat16", GPU, (16, 16, 128), "pairs"),
         ("llama-3.1-8b/tp8", "float8_e4m3fn", TPU, (16, 4, 128), "pairs"),
         ("phi-3-mini", "bfloat16", TPU, (16, 64, 128), "pairs"),
-        ("gemma-2b", "float32", TPU, (16, 2, 256), "pairs"),
+        ("gemma-2b", "float32", TPU, (16, 4, 128), "pairs"),
         ("deepseek-v3", "bfloat16", XLA, (16, 1, 576), "latent"),
         ("deepseek-v3", "bfloat16", TPU, (1, 16, 640), "latent"),
         ("deepseek-v3", "float8_e4m3fn", TPU, (1, 16, 640), "latent"),
