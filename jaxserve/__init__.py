@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RequestOutput,
     )
     from jaxserve.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+    from jaxserve.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOMES = {
     "SamplingParams": "sampling_params",
     "BeamSearchParams": "sampling_params",
     "RequestOutputKind": "sampling_params",
+    "StructuredOutputsParams": "structured_outputs",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "BeamSearchOutput": "outputs",
@@ -47,6 +49,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 

@@ -56,6 +56,8 @@ class EngineConfig:
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     enforce_eager: bool = False  # accepted; XLA always compiles
     max_logprobs: int = 20  # -1: the whole vocabulary
+    grammar_compile_timeout_s: float = 2.0  # of structured outputs; longer ones are refused
+    max_grammar_bytes: int = 1 << 18  # of a schema, regex, grammar, or all choices together
     seed: int = 0
     compilation_cache_dir: str | None = None  # None: $JAXSERVE_CACHE_DIR, else ~/.cache/jaxserve
     warm_up: bool = True
@@ -94,6 +96,7 @@ def _problems(c: EngineConfig) -> Iterator[str]:
         "kv_cache_memory_bytes",
         "num_gpu_blocks_override",
         "max_num_queued_reqs",
+        "max_grammar_bytes",
     ):
         value = getattr(c, name)
         if value is None:
@@ -106,6 +109,9 @@ def _problems(c: EngineConfig) -> Iterator[str]:
         yield f"block_size={c.block_size!r} is not usable; use 8, 16, 32, 64 or 128"
     if c.max_logprobs < -1:
         yield f"max_logprobs={c.max_logprobs} is too small; use -1 for the whole vocabulary"
+    t = c.grammar_compile_timeout_s
+    if isinstance(t, bool) or not (isinstance(t, int | float) and 0 < t <= 60):
+        yield f"grammar_compile_timeout_s={t!r} is out of range; use more than 0 and at most 60"
     u = c.gpu_memory_utilization
     if not (isinstance(u, int | float) and math.isfinite(u) and 0 < u <= 1):
         yield f"gpu_memory_utilization={u!r} is out of range; use more than 0 and at most 1"

@@ -9,6 +9,14 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What an output must match, compiled once already, so that it is known to be sound."""
+
+    text: str  # as llguidance reads it
+    start_after: tuple[int, ...] = ()  # output tokens that free text ends with; empty: no such text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt to continue, fully resolved: every default is filled in, every id is in range."""
 
@@ -24,6 +32,7 @@ class Request:
     adapter: str | None = None
     priority: int = 0  # lower runs first under the priority policy
     arrival_s: float = 0.0  # time.monotonic()
+    grammar: Grammar | None = None
     needs_host_tokens: bool = False  # sits out a step until the host has seen its newest token
 
 

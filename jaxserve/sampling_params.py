@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any, Self
 
 from jaxserve.errors import RequestError
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 MAX_LOGIT_BIAS = 1024  # entries; fixed, because they live in device state of that width
 MAX_BAD_WORDS = 128  # token sequences, counted after tokenization, as in vLLM
@@ -29,9 +30,9 @@ class RequestOutputKind(Enum):
 class SamplingParams:
     """Sampling parameters of one request.
 
-    Logits are changed in this order: allowed_token_ids, logit_bias, min_tokens, penalties
-    (repetition, frequency, presence), bad_words, temperature, min_p, top_k, top_p. Draws depend on
-    (seed, position, choice) only, never on what else is in the batch.
+    Logits are changed in this order: structured_outputs, allowed_token_ids, logit_bias, min_tokens,
+    penalties (repetition, frequency, presence), bad_words, temperature, min_p, top_k, top_p. Draws
+    depend on (seed, position, choice) only, never on what else is in the batch.
 
     Attributes:
         n: Outputs per prompt. More than one needs temperature > 0.
@@ -53,6 +54,7 @@ class SamplingParams:
         logit_bias: Token id to a number added to its logit.
         allowed_token_ids: Every other token is impossible.
         bad_words: Strings whose token sequences are never completed.
+        structured_outputs: The form that the output must have, e.g. a JSON schema.
 
     Raises:
         RequestError: A value is of the wrong type or out of range.
@@ -82,6 +84,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     extra_args: dict[str, Any] | None = None
     skip_reading_prefix_cache: bool | None = None
 
@@ -201,6 +204,11 @@ def _problems(p: SamplingParams) -> Iterator[tuple[str, str]]:
             "allowed_token_ids",
             "allowed_token_ids=[] allows nothing; leave it out or name tokens",
         )
+    if p.structured_outputs is not None and not isinstance(
+        p.structured_outputs, StructuredOutputsParams
+    ):
+        came = type(p.structured_outputs).__name__
+        yield "structured_outputs", f"structured_outputs is a {came}; use StructuredOutputsParams"
     if p.extra_args:
         yield "extra_args", "extra_args is for plugins, and there are none here; leave it out"
     if p.logit_bias is not None:

@@ -14,14 +14,15 @@ SOURCES = sorted(p for name in ("jaxserve", "pallas_kernels") for p in (ROOT / n
 CORRIDOR = {
     "errors": "",
     "config": "errors",
-    "sampling_params": "errors",
+    "structured_outputs": "errors",
+    "sampling_params": "errors structured_outputs",
     "gguf": "errors",
     "gguf_config": "errors gguf",
     "safetensors": "errors",
     "checkpoint": "errors config gguf gguf_config safetensors",
-    "request": "errors sampling_params",
-    "outputs": "errors sampling_params request",
-    "step": "errors sampling_params request",
+    "request": "errors structured_outputs sampling_params",
+    "outputs": "errors structured_outputs sampling_params request",
+    "step": "errors structured_outputs sampling_params request",
 }
 ALL = " ".join(CORRIDOR)
 

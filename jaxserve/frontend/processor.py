@@ -15,10 +15,12 @@ from jaxserve.checkpoint import Checkpoint
 from jaxserve.config import EngineConfig
 from jaxserve.errors import RequestError
 from jaxserve.frontend.defaults import default_sampling, end_tokens, read_generation_config
+from jaxserve.frontend.grammar_compiler import GrammarCompiler, Vocabulary
 from jaxserve.frontend.prompts import ParsedPrompt, Prompt, PromptReader
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import Request
+from jaxserve.request import Grammar, Request
 from jaxserve.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
+from jaxserve.structured_outputs import PARAM, StructuredOutputsParams
 
 
 class Processor:
@@ -48,6 +50,14 @@ class Processor:
         own = checkpoint.generation_config
         self.end_tokens = end_tokens(own, checkpoint.config, tokenizer, vocab_size)
         self._defaults = default_sampling(read_generation_config(config.generation_config, own))
+        self.grammars = None
+        vocabulary = grammar_vocabulary(checkpoint, tokenizer)
+        if vocabulary is not None:
+            self.grammars = GrammarCompiler(
+                vocabulary,
+                timeout_s=config.grammar_compile_timeout_s,
+                max_bytes=config.max_grammar_bytes,
+            )
         self._rng = np.random.default_rng(config.seed & (2**64 - 1))
         self._lock = threading.Lock()  # of _rng
 
@@ -69,7 +79,7 @@ class Processor:
         priority: int = 0,
         add_special_tokens: bool = True,
     ) -> Request:
-        """Check and resolve one request.
+        """Check and resolve one request. A grammar is compiled first, which may take seconds.
 
         Raises:
             RequestError: Something in it is not allowed.
@@ -84,6 +94,7 @@ class Processor:
         extra = () if sampling.ignore_eos else self.end_tokens.extra
         eos = None if sampling.ignore_eos else self.end_tokens.eos_token_id
         own = sampling.stop_token_ids or []
+        grammar = self._grammar(sampling.structured_outputs)
         return Request(
             request_id=request_id,
             prompt_token_ids=parsed.token_ids,
@@ -96,7 +107,25 @@ class Processor:
             cache_salt=parsed.cache_salt,
             priority=priority,
             arrival_s=time.monotonic(),
+            grammar=grammar,
+            needs_host_tokens=grammar is not None,
         )
+
+    def close(self) -> None:
+        """Ends what runs beside this process. May be called again."""
+        if self.grammars is not None:
+            self.grammars.close()
+
+    def require_grammars(self) -> GrammarCompiler:
+        """Raises RequestError when the model cannot have structured outputs."""
+        if self.grammars is None:
+            missing = "tokenizer" if self.tokenizer is None else "end-of-sequence token"
+            raise RequestError(
+                f"{PARAM} needs a {missing}, and there is none; leave it out",
+                param=PARAM,
+                code="invalid_value",
+            )
+        return self.grammars
 
     def parse(
         self,
@@ -203,7 +232,36 @@ class Processor:
             )
         return tuple(found)
 
+    def _grammar(self, params: StructuredOutputsParams | None) -> Grammar | None:
+        if params is None:
+            return None
+        for token_id in params.start_after:
+            if token_id >= self.vocab_size:
+                raise RequestError(
+                    f"{PARAM}.start_after holds token id {token_id!r:.40}; use ids below "
+                    f"{self.vocab_size}",
+                    param=PARAM,
+                    code="invalid_value",
+                )
+        text = self.require_grammars().compile(params)
+        return Grammar(text=text, start_after=tuple(params.start_after))
+
     def _draw_seed(self) -> int:
         # From the engine's seed, so that an offline run repeats.
         with self._lock:
             return int(self._rng.integers(0, 2**62))
+
+
+def grammar_vocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Vocabulary | None:
+    """What grammars need of a tokenizer; None without one, or without a token that ends outputs."""
+    if tokenizer is None:
+        return None
+    size = len(tokenizer)
+    ends = end_tokens(checkpoint.generation_config, checkpoint.config, tokenizer, size)
+    if ends.eos_token_id is None:
+        return None
+    return Vocabulary(
+        tokenizer_json=tokenizer.backend.to_str,
+        num_tokens=size,
+        end_token_ids=(ends.eos_token_id, *ends.extra),
+    )
