@@ -59,10 +59,11 @@ def model_step(
     num_pages: int = 2048,
     num_layers: int | None = None,  # fewer than the model has, for a chip that is small
     kv_dtype: jax.typing.DTypeLike | None = None,
-) -> tuple[Callable, tuple[Any, Any, Any], RowShapes]:
+) -> tuple[Callable, tuple[Any, Any, Any, Any], RowShapes]:
     """The step of one token bucket, its abstract arguments, and the sizes of its rows.
 
-    The arguments are the weights, the state, which is to be donated, and the upload.
+    The arguments are the weights, the state, which is to be donated, the upload, and the masks of
+    grammars.
     """
     spec = spec_from_config(MODELS[model])
     spec = replace(spec, num_layers=num_layers or spec.num_layers)
@@ -82,5 +83,6 @@ def model_step(
     kv: Any = kv_pages_shape(attention.kv, spec.num_layers, num_pages, backend=backend)
     state = DeviceState((kv,), shapes.abstract())
     blob = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+    masks = jax.ShapeDtypeStruct((layout.num_rows, shapes.mask_words), jnp.uint32)
     step = make_step(layout, split, num_pages=(num_pages,), max_logprobs=20)
-    return step, (list(split.shapes), state, blob), shapes
+    return step, (list(split.shapes), state, blob, masks), shapes

@@ -1,7 +1,10 @@
 """What crosses between the scheduler and the runner, once a step. Pure data: no JAX."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
 
 from jaxserve.request import Request, TokenDelta, TokenLogprobs
 
@@ -47,10 +50,18 @@ class StepPlan:
     rows: tuple[RowPlan, ...]
     new_rows: tuple[NewRow, ...]
     num_tokens: int  # sum over rows; at most max_num_batched_tokens
+    # By seq_id, of the rows that sample by a grammar: uint32, bit i of word i // 32 for token i.
+    token_masks: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+
+NO_TOKEN = -2
 
 
 class SampledRow(NamedTuple):
-    """What one row produced. `token_ids` is empty for a row that did not sample."""
+    """What one row produced. `token_ids` is empty for a row that did not sample.
+
+    A token id of -1 means that the logits are not numbers, NO_TOKEN that all are impossible.
+    """
 
     seq_id: int
     token_ids: tuple[int, ...]

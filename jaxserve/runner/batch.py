@@ -15,7 +15,7 @@ from jax import Array
 from jaxserve.layers.kernels import PageMetadata
 from jaxserve.models.spec import ModelBatch
 from jaxserve.runner.row_state import RowShapes, RowState
-from jaxserve.runner.sampler import SamplingRows
+from jaxserve.runner.sampler import SamplingRows, TokenMasks
 from jaxserve.step import StepPlan
 
 ON_DEVICE = -1  # token id: the row's newest token, which the host has not seen
@@ -48,7 +48,7 @@ class Layout:
     def fields(self) -> dict[str, int]:
         """Name to length, in order."""
         t, b, u = self.num_tokens, self.num_rows, self.num_updates
-        sizes = {"counts": 2, "token_ids": t, "rows": b, "query_starts": b + 1, "kv_lens": b}
+        sizes = {"counts": 3, "token_ids": t, "rows": b, "query_starts": b + 1, "kv_lens": b}
         for group in range(self.shapes.num_groups):
             sizes |= {f"update_{part}_{group}": u for part in ("rows", "columns", "pages")}
         return sizes | {"samples": b} | dict.fromkeys((*INTS, *FLOATS), b)
@@ -110,7 +110,7 @@ def pack(
         lens.append(row.num_computed_tokens + row.num_tokens)
         samples.append(row.samples)
     several = (i for i, row in enumerate(plan.rows) if row.num_tokens > 1)
-    v["counts"][:] = num_rows, next(several, num_rows)
+    v["counts"][:] = num_rows, next(several, num_rows), len(plan.token_masks)
     v["token_ids"][: len(tokens)] = tokens
     v["query_starts"][: num_rows + 1] = starts
     v["query_starts"][num_rows + 1 :] = starts[-1]
@@ -131,11 +131,25 @@ def pack(
     return blob
 
 
+def pack_masks(layout: Layout, plan: StepPlan) -> np.ndarray:
+    """The upload of a step in which rows sample by a grammar: [B, ceil(V / 32)] uint32."""
+    words = layout.shapes.mask_words
+    masks = np.full((layout.num_rows, words), 0xFFFFFFFF, np.uint32)
+    for i, row in enumerate(plan.rows):
+        mask = plan.token_masks.get(row.seq_id)
+        if mask is not None:
+            known = min(words, len(mask))  # the tokenizer may have fewer tokens than the model
+            masks[i, :known] = mask[:known]
+            masks[i, known:] = 0
+    return masks
+
+
 class StepInputs(NamedTuple):
     """An upload, unpacked on the device."""
 
     batch: ModelBatch
     sampling: SamplingRows
+    masks: TokenMasks
     page_tables: tuple[Array, ...]  # per group [R + 1, P], this step's new pages included
     owners: Array  # [T] int32: each token's row of the state; padding: the idle row
     last_places: Array  # [B] int32: where in the step each row's last token is
@@ -143,7 +157,7 @@ class StepInputs(NamedTuple):
 
 
 def unpack(
-    layout: Layout, blob: Array, state: RowState, *, num_pages: tuple[int, ...]
+    layout: Layout, blob: Array, masks: Array, state: RowState, *, num_pages: tuple[int, ...]
 ) -> StepInputs:
     """Splits an upload and derives all that follows from it."""
     f, at = {}, 0
@@ -191,6 +205,7 @@ def unpack(
     return StepInputs(
         batch=ModelBatch(token_ids=token_ids, positions=positions, pages=tuple(pages)),
         sampling=sampling,
+        masks=TokenMasks(words=masks, on=f["counts"][2] > 0),
         page_tables=tuple(tables),
         owners=jnp.where(in_use, rows[row], idle),
         last_places=jnp.maximum(starts[1:] - 1, 0),

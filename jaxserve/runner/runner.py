@@ -16,7 +16,14 @@ from jaxserve.layers.kernels import Chip, Kernels, choose_backend, kv_pages_shap
 from jaxserve.models import registry
 from jaxserve.request import Request
 from jaxserve.runner import compile_cache, device, kv_cache
-from jaxserve.runner.batch import Layout, PageUpdate, RowParameters, pack, token_buckets
+from jaxserve.runner.batch import (
+    Layout,
+    PageUpdate,
+    RowParameters,
+    pack,
+    pack_masks,
+    token_buckets,
+)
 from jaxserve.runner.executables import CompileCounter, Job, compile_all
 from jaxserve.runner.model import split_model
 from jaxserve.runner.results import Launched, PromptScores, read
@@ -122,6 +129,11 @@ class Runner:
         self._requests: dict[int, Request] = {}  # row -> request
         self._last_finished_s = 0.0
         self._state = self._allocate()
+        # What steps without a grammar are given, made once: by number of rows.
+        self._no_masks = {
+            rows: jnp.zeros((rows, self._shapes.mask_words), jnp.uint32, device=self.device.device)
+            for rows in {layout.num_rows for layout in self._layouts.values()}
+        }
         self._compile(config)
 
     # Start-up
@@ -167,7 +179,9 @@ class Runner:
             step = make_step(
                 layout, self._model, num_pages=(self.num_pages,), max_logprobs=s.max_logprobs
             )
-            jobs.append(Job(f"step_{t}", step, (weights, state, ints(layout.size)), donate=(1,)))
+            masks = jax.ShapeDtypeStruct((layout.num_rows, self._shapes.mask_words), jnp.uint32)
+            arguments = (weights, state, ints(layout.size), masks)
+            jobs.append(Job(f"step_{t}", step, arguments, donate=(1,)))
             hidden = jax.ShapeDtypeStruct((t, self.spec.hidden_size), s.dtype)
             score = make_prompt_logprobs(t, self._model, max_logprobs=s.max_logprobs)
             jobs.append(Job(f"prompt_logprobs_{t}", score, (weights, hidden, ints(t))))
@@ -211,7 +225,7 @@ class Runner:
         for t, layout in self._layouts.items():
             blob = jax.device_put(pack(layout, empty, self._parameters, ([],)), there)
             self._state, _, hidden = self._executables[f"step_{t}"](
-                self._weights, self._state, blob
+                self._weights, self._state, blob, self._no_masks[layout.num_rows]
             )
             targets = jax.device_put(np.zeros(t, np.int32), there)
             score = self._executables[f"prompt_logprobs_{t}"]
@@ -230,8 +244,11 @@ class Runner:
         launched_s = time.monotonic()
         updates = self._take_pages(plan)
         blob = pack(layout, plan, self._parameters, updates)
+        masks = self._no_masks[layout.num_rows]
+        if plan.token_masks:
+            masks = jax.device_put(pack_masks(layout, plan), there)
         self._state, sampled, hidden = self._executables[f"step_{bucket}"](
-            self._weights, self._state, jax.device_put(blob, there)
+            self._weights, self._state, jax.device_put(blob, there), masks
         )
         sampled.token_ids.copy_to_host_async()
         scores = None
@@ -256,7 +273,7 @@ class Runner:
         # An array that XLA's threads still write must not go, least of all at interpreter exit.
         jax.block_until_ready([x for x in jax.tree.leaves(self._state) if not x.is_deleted()])
         self.compiles.close()
-        for array in jax.tree.leaves((self._weights, self._state)):
+        for array in jax.tree.leaves((self._weights, self._state, self._no_masks)):
             if not array.is_deleted():
                 array.delete()
         self._executables = {}

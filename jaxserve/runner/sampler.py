@@ -20,6 +20,7 @@ from jaxserve.runner.row_state import (
     RowState,
 )
 from jaxserve.sampling_params import GREEDY_BELOW
+from jaxserve.step import NO_TOKEN
 
 IMPOSSIBLE = -jnp.inf
 BLOCK = 128
@@ -48,29 +49,45 @@ class SamplingRows:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class TokenMasks:
+    """The tokens that grammars allow; all bits are set in rows without one."""
+
+    words: Array  # [B, ceil(V / 32)] uint32
+    on: Array  # bool: whether any row has one; if not, `words` is not read
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Sampled:
     """What a step yields for its B rows; the log-probabilities are zeros if no row asks."""
 
-    token_ids: Array  # [B] int32; -1 where the logits are not numbers
+    token_ids: Array  # [B] int32; -1 where the logits are not numbers, NO_TOKEN: none is possible
     logprob_ids: Array  # [B, 1 + K] int32: the token, then the top K
     logprobs: Array  # [B, 1 + K] float32
     ranks: Array  # [B] int32, of the token
 
 
-def sample(logits: Array, rows: SamplingRows, state: RowState, *, max_logprobs: int) -> Sampled:
-    """Draws a token for each row of `logits` [B, V] float32."""
+def sample(
+    logits: Array, rows: SamplingRows, state: RowState, masks: TokenMasks, *, max_logprobs: int
+) -> Sampled:
+    """Draws a token for each row of `logits` [B, V] float32.
+
+    Grammars' masks come before everything, log-probabilities included.
+    """
     special = (rows.flags != 0) | (rows.temperature >= GREEDY_BELOW)
+    broken = jnp.isnan(jnp.max(logits, axis=-1))
     token_ids = jax.lax.cond(
-        jnp.any(special),
-        lambda: _draw(_process(logits, rows, state), rows),
+        jnp.any(special) | masks.on,
+        lambda: _draw(_process(_mask(logits, masks), rows, state), rows),
         lambda: largest(logits),
     )
     ids, values, ranks = jax.lax.cond(
         jnp.any(rows.num_logprobs >= 0),
-        lambda: logprobs_of(logits, token_ids, max_logprobs=max_logprobs),
+        lambda: logprobs_of(
+            _mask(logits, masks), jnp.maximum(token_ids, 0), max_logprobs=max_logprobs
+        ),
         lambda: _no_logprobs(logits.shape[0], max_logprobs),
     )
-    broken = jnp.isnan(jnp.max(logits, axis=-1))
     return Sampled(
         token_ids=jnp.where(broken, -1, token_ids),
         logprob_ids=ids,
@@ -99,7 +116,8 @@ def logprobs_of(
 ) -> tuple[Array, Array, Array]:
     """Ids and log-probabilities [B, 1 + K] of given tokens and the top K, and the former's ranks.
 
-    They are those of the raw logits; a rank is the number of logits at least as large.
+    They are those of the logits before sampling parameters change them; a rank is the number of
+    logits at least as large.
     """
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, 1]
     chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=1)  # [B, 1]
@@ -135,6 +153,14 @@ def _process(logits: Array, rows: SamplingRows, state: RowState) -> Array:
             logits,
         )
     return logits
+
+
+def _mask(logits: Array, masks: TokenMasks) -> Array:
+    return jax.lax.cond(
+        masks.on,
+        lambda: jnp.where(_bits(masks.words, logits.shape[1]), logits, IMPOSSIBLE),
+        lambda: logits,
+    )
 
 
 def _bits(words: Array, vocab_size: int) -> Array:
@@ -204,7 +230,9 @@ def _draw(logits: Array, rows: SamplingRows) -> Array:
         noise = jax.vmap(functools.partial(_gumbel, size=logits.shape[1]))(rows.seeds, rows.lens)
         return largest(jnp.where(greedy[:, None], logits, scaled + noise))
 
-    return jax.lax.cond(jnp.all(greedy), lambda: largest(logits), draw)
+    token_ids = jax.lax.cond(jnp.all(greedy), lambda: largest(logits), draw)
+    chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=1)[:, 0]
+    return jnp.where(chosen == IMPOSSIBLE, NO_TOKEN, token_ids)
 
 
 def _gumbel(seed: Array, position: Array, *, size: int) -> Array:

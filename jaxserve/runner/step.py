@@ -23,23 +23,25 @@ class DeviceState(NamedTuple):
     rows: RowState
 
 
-StepFunction = Callable[[list[Array], DeviceState, Array], tuple[DeviceState, Sampled, Array]]
+StepFunction = Callable[
+    [list[Array], DeviceState, Array, Array], tuple[DeviceState, Sampled, Array]
+]
 
 
 def make_step(
     layout: Layout, split: SplitModel, *, num_pages: tuple[int, ...], max_logprobs: int
 ) -> StepFunction:
-    """(weights, state, upload) -> (state, sampled, hidden [T, D]) for one token bucket.
+    """(weights, state, upload, masks) -> (state, sampled, hidden [T, D]) for a token bucket.
 
     The forward pass, the gather of the rows that sample, the head, sampling, and the feedback of
     the drawn tokens to the next step are one executable.
     """
 
     def step(
-        weights: list[Array], state: DeviceState, blob: Array
+        weights: list[Array], state: DeviceState, blob: Array, masks: Array
     ) -> tuple[DeviceState, Sampled, Array]:
         model = split.merge(weights)
-        inputs = unpack(layout, blob, state.rows, num_pages=num_pages)
+        inputs = unpack(layout, blob, masks, state.rows, num_pages=num_pages)
         hidden, kv_pages = model(inputs.batch, state.kv_pages)  # [T, D]
         rows = replace(
             state.rows,
@@ -49,7 +51,7 @@ def make_step(
             ),
         )
         logits = model.logits(hidden[inputs.last_places])  # [B, V]
-        sampled = sample(logits, inputs.sampling, rows, max_logprobs=max_logprobs)
+        sampled = sample(logits, inputs.sampling, rows, inputs.masks, max_logprobs=max_logprobs)
         last_tokens = rows.last_tokens.at[inputs.keep_at].set(sampled.token_ids)
         return DeviceState(kv_pages, replace(rows, last_tokens=last_tokens)), sampled, hidden
 

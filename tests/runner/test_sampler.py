@@ -20,7 +20,7 @@ from jaxserve.runner.row_state import (
     pack_sampling,
     pack_tokens,
 )
-from jaxserve.runner.sampler import Sampled, SamplingRows, largest, sample
+from jaxserve.runner.sampler import Sampled, SamplingRows, TokenMasks, largest, sample
 from jaxserve.sampling_params import SamplingParams
 
 VOCAB = 70  # not a multiple of 32
@@ -37,6 +37,7 @@ class Row:
     output: tuple[int, ...] = ()
     seed: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
+    mask: tuple[int, ...] | None = None  # what a grammar allows
 
     @property
     def request(self) -> Request:
@@ -54,6 +55,18 @@ class Row:
 _step = jax.jit(sample, static_argnames="max_logprobs")
 _load_tokens = jax.jit(load_tokens, static_argnums=0)
 _load_sampling = jax.jit(load_sampling, static_argnums=0)
+
+
+def pack_rows(rows: list[Row]) -> TokenMasks:
+    bits = np.ones((len(rows), SHAPES.mask_words * 32), np.uint8)
+    for i, row in enumerate(rows):
+        if row.mask is not None:
+            bits[i] = 0
+            bits[i, list(row.mask)] = 1
+    words = np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
+    on = any(row.mask is not None for row in rows)
+    # When no row has a mask, the words must not be read.
+    return TokenMasks(words=jnp.asarray(words if on else 0 * words), on=jnp.asarray(on))
 
 
 def run(logits: np.ndarray, rows: list[Row], *, max_logprobs: int = 5) -> Sampled:
@@ -85,7 +98,7 @@ def run(logits: np.ndarray, rows: list[Row], *, max_logprobs: int = 5) -> Sample
         repetition=column([x.repetition_penalty for x in p]),
         num_logprobs=column([-1 if x.logprobs is None else x.logprobs for x in p], np.int32),
     )
-    return _step(jnp.asarray(logits), sampling, state, max_logprobs=max_logprobs)
+    return _step(jnp.asarray(logits), sampling, state, pack_rows(rows), max_logprobs=max_logprobs)
 
 
 def processed(logits: np.ndarray, row: Row) -> np.ndarray:
