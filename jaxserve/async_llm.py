@@ -99,6 +99,9 @@ class AsyncLLM:
             isinstance(text, str) and len(text) > LONG_TEXT_CHARS
         ):
             prompt = await asyncio.to_thread(self.client.processor.parse, prompt)
+        compiling = self.client.begin_grammar(sampling)
+        if compiling is not None:  # it may take seconds; `submit` finds it done
+            await asyncio.wrap_future(compiling)
         mailbox = _Mailbox()
         state = self.client.submit(
             prompt,

@@ -12,13 +12,15 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, EngineDeadError, RequestError, UnsupportedError
 from jaxserve.frontend.chat import RESERVED_KWARGS
-from jaxserve.frontend.processor import Processor
+from jaxserve.frontend.matchers import MatcherFactory
+from jaxserve.frontend.processor import Processor, grammar_vocabulary
 from jaxserve.frontend.prompts import ParsedPrompt, Prompt
 from jaxserve.frontend.request_state import RequestState
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -66,9 +68,11 @@ class Client:
         engine: EngineLike,
         checkpoint: "Checkpoint",
         tokenizer: Tokenizer | None,
+        matchers: MatcherFactory | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
+        self._matchers = matchers
         self.tokenizer = tokenizer
         self.vocab_size = engine.vocab_size
         self.max_model_len = engine.max_model_len
@@ -164,6 +168,30 @@ class Client:
             self.check_health()
             return None
 
+    def prepare_structured_outputs(self) -> None:
+        """Does now what the first request with structured outputs would wait for.
+
+        That takes a second or more and holds the interpreter's lock, so servers call it before
+        they serve.
+
+        Raises:
+            RequestError: The model has no tokenizer, or no token that ends outputs.
+            UnsupportedError: llguidance is not installed, or cannot read the tokenizer.
+        """
+        self.processor.require_grammars().start()
+        if self._matchers is not None:
+            self._matchers.start()
+
+    def begin_grammar(self, sampling: SamplingParams) -> "Future[str] | None":
+        """Starts to compile the grammar of a request, if it has one, for `submit` to find.
+
+        Raises:
+            RequestError: It is refused at first sight; otherwise the future raises.
+        """
+        if not isinstance(sampling, SamplingParams) or sampling.structured_outputs is None:
+            return None
+        return self.processor.require_grammars().begin(sampling.structured_outputs)
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -231,6 +259,7 @@ class Client:
                 return
             self._closed = True
         try:
+            self.processor.close()
             self.engine.shutdown()
         finally:
             self._die("it was shut down")
@@ -285,11 +314,14 @@ def open_client(config: EngineConfig) -> Client:
         tokenizer.chat_template = template
         tokenizer.chat_templates.clear()
 
+    vocabulary = grammar_vocabulary(checkpoint, tokenizer)
+    matchers = None if vocabulary is None else MatcherFactory(vocabulary)
+
     from jaxserve.engine.engine import Engine
 
-    engine = Engine(config, checkpoint)
+    engine = Engine(config, checkpoint, matchers)
     try:
-        client = Client(config, engine, checkpoint, tokenizer)
+        client = Client(config, engine, checkpoint, tokenizer, matchers)
         engine.start()
     except BaseException:
         engine.shutdown()

@@ -12,10 +12,15 @@ from jaxserve.errors import EngineDeadError, RequestError
 from jaxserve.request import Abort, Request, TokenDelta
 from jaxserve.runner.results import Launched
 from jaxserve.runner.runner import Runner
+from jaxserve.scheduler.grammar import Grammars, MatcherFactory
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.step import EngineOutput, StepPlan, StepStats
 
 logger = logging.getLogger(__name__)
+
+MASK_WAIT_S = (
+    1.0  # the loop looks again so often while threads look for masks and nothing else runs
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +36,26 @@ type Command = Request | Abort | ResetPrefixCache | None  # None only wakes the 
 class Engine:
     """Serves requests from a thread of its own; results arrive in `outbox`, one message a step.
 
+    Args:
+        matchers: For requests that have a grammar; None: there are none.
+
     Raises:
         ConfigError: An argument cannot work with this model or device.
         CheckpointError: The model is damaged or incomplete.
         UnsupportedError: The model's architecture is not implemented.
     """
 
-    def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        matchers: MatcherFactory | None = None,
+    ) -> None:
         self._config = config
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._grammars = None
+        if matchers is not None:
+            self._grammars = Grammars(factory=matchers, wake=lambda: self._inbox.put(None))
         self._model_name = checkpoint.name
         self.runner = Runner(config, checkpoint)
         s = self.runner.settings
@@ -53,11 +70,11 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             enable_chunked_prefill=config.enable_chunked_prefill,
             policy=config.scheduling_policy,
+            grammars=self._grammars,
         )
         if config.warm_up:
             self.runner.warm_up()
         self.outbox: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._dead: str | None = None
         self._lock = threading.Lock()
@@ -113,6 +130,8 @@ class Engine:
         self._inbox.put(None)
         if self._thread.is_alive():
             self._thread.join()
+        if self._grammars is not None:
+            self._grammars.close()
         self.runner.close()
 
     def summary(self) -> dict[str, object]:
@@ -165,15 +184,19 @@ class Engine:
     def _loop(self) -> None:
         in_flight: Launched | None = None  # at most one step ahead of the host
         ahead = self._config.async_scheduling
+        stuck = False  # nothing moves until a mask is found
         while not self._stop.is_set():
             idle = in_flight is None and self.scheduler.idle
             deltas: list[TokenDelta] = []
-            for command in self._drain(block=idle):
+            for command in self._drain(
+                block=idle or stuck, timeout_s=MASK_WAIT_S if stuck else None
+            ):
                 if isinstance(command, ResetPrefixCache):
                     command.reply.put(in_flight is None and self.scheduler.reset_prefix_cache())
                 elif command is not None:
                     deltas.extend(self.scheduler.accept(command))
             start = time.perf_counter()
+            deltas.extend(self.scheduler.collect_masks())
             plan = self.scheduler.schedule()
             launched = None if plan is None else self.runner.launch(plan)
             host_s = time.perf_counter() - start
@@ -189,14 +212,15 @@ class Engine:
             if deltas or stats is not None:
                 self.outbox.put(EngineOutput(deltas=tuple(deltas), stats=stats))
             in_flight = launched
+            stuck = plan is None and in_flight is None and self.scheduler.awaits_masks
             if self._config.forbid_late_compile and self.num_late_compiles:
                 raise AssertionError(f"{self.num_late_compiles} compilations in live traffic")
 
-    def _drain(self, *, block: bool) -> list[Command]:
+    def _drain(self, *, block: bool, timeout_s: float | None = None) -> list[Command]:
         """All commands that have come; waits for one if there is nothing else to do."""
         commands: list[Command] = []
         try:
-            commands.append(self._inbox.get(block=block))
+            commands.append(self._inbox.get(block=block, timeout=timeout_s))
             while True:
                 commands.append(self._inbox.get_nowait())
         except queue.Empty:

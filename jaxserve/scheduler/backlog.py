@@ -32,7 +32,7 @@ class Backlog:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._choices
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request) -> list[Sequence]:
         """Makes the sequences of a request, and puts choice 0 in line."""
         arrival = next(self._arrivals)
         num_prompt = len(request.prompt_token_ids)
@@ -55,6 +55,7 @@ class Backlog:
         self.live.update((seq.seq_id, seq) for seq in choices)
         self._choices[request.request_id] = dict(enumerate(choices))
         self._lead(choices)
+        return choices
 
     def head(self) -> Sequence | None:
         """The sequence that is next in line."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jaxserve.scheduler.kv_blocks import BlockIds
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.step import NewRow, RowPlan, StepPlan
@@ -19,6 +21,7 @@ class Draft:
     new_rows: list[NewRow] = field(default_factory=list)
     unfinished: list[Sequence] = field(default_factory=list)  # running, lacking more than a token
     uncounted: list[tuple[Sequence, int]] = field(default_factory=list)  # tokens not yet computed
+    masks: dict[int, np.ndarray] = field(default_factory=dict)  # by seq_id
     lacks_blocks: bool = False  # a running sequence sits out, or has had another preempted
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class Draft:
         if samples:
             seq.num_tokens += 1
             seq.num_pending_tokens += 1
+            if seq.grammar is not None and seq.grammar.mask is not None:
+                self.masks[seq.seq_id] = seq.grammar.mask
 
     def plan(self) -> StepPlan | None:
         """The finished plan: decode rows first; None if there are no rows."""
@@ -72,4 +77,5 @@ class Draft:
             rows=(*self.decodes, *self.chunks),
             new_rows=tuple(self.new_rows),
             num_tokens=self.max_num_tokens - self.budget,
+            token_masks=self.masks,
         )

@@ -9,6 +9,7 @@ from jaxserve.errors import RequestError
 from jaxserve.request import Abort, Request, RequestTimes, TokenDelta
 from jaxserve.scheduler.backlog import Backlog
 from jaxserve.scheduler.draft import Draft
+from jaxserve.scheduler.grammar import Grammars
 from jaxserve.scheduler.kv_blocks import BlockIds, KVBlocks
 from jaxserve.scheduler.limits import Limits
 from jaxserve.scheduler.sequence import NO_ROW, Sequence
@@ -38,6 +39,7 @@ class Scheduler:
         max_num_batched_tokens: Token budget of a draft.
         max_model_len: Tokens of a sequence, prompt and output.
         num_groups: KV groups.
+        grammars: Finds the masks of requests that have one; None: such requests are refused.
 
     Raises:
         ConfigError: The arguments do not go together.
@@ -55,6 +57,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
         policy: Literal["fcfs", "priority"] = "fcfs",
+        grammars: Grammars | None = None,
     ) -> None:
         self._limits = Limits(
             num_blocks=num_blocks,
@@ -70,8 +73,10 @@ class Scheduler:
             num_groups=num_groups,
             enable_prefix_caching=enable_prefix_caching,
         )
+        self._grammars = grammars
         self._backlog = Backlog(by_priority=policy == "priority", num_groups=num_groups)
         self._running: list[Sequence] = []  # by standing
+        self._parked: list[Sequence] = []  # taken out of line until their masks are ready
         self._free_rows = list(reversed(range(max_num_seqs)))
         self._refused: tuple[int, int] = (-1, 0)  # the head that found no room, and the free blocks
         self._num_planned_steps = 0
@@ -110,9 +115,18 @@ class Scheduler:
                 raise RequestError(
                     f"request_id {command.request_id!r} is in use; give each live request its own"
                 )
+            if command.grammar is not None and self._grammars is None:
+                raise RequestError(
+                    "structured_outputs need a tokenizer, and this engine has none; leave it out",
+                    param="structured_outputs",
+                )
         except RequestError as error:
             return [_refusal(command, choice, error) for choice in range(command.sampling.n)]
-        self._backlog.add(command)
+        choices = self._backlog.add(command)
+        if command.grammar is not None and self._grammars is not None:
+            states = self._grammars.open(command.grammar, [seq.seq_id for seq in choices])
+            for seq, state in zip(choices, states, strict=True):
+                seq.grammar = state
         return []
 
     def _abort(self, command: Abort) -> None:
@@ -129,6 +143,8 @@ class Scheduler:
         """Takes a sequence out of everything but `_running`, which the caller filters once."""
         self._stop_running(seq)
         self._backlog.remove(seq)
+        if seq.grammar is not None and self._grammars is not None:
+            self._grammars.forget(seq.grammar)
 
     def _stop_running(self, seq: Sequence) -> None:
         if seq.row != NO_ROW:
@@ -136,12 +152,48 @@ class Scheduler:
             self._free_rows.append(seq.row)
             seq.row = NO_ROW
 
+    # -- Grammars ----------------------------------------------------------------------------------
+
+    @property
+    def awaits_masks(self) -> bool:
+        """Whether threads look for masks, so that there is something to `collect_masks` later."""
+        return self._grammars is not None and self._grammars.num_pending > 0
+
+    def collect_masks(self) -> list[TokenDelta]:
+        """Lets sequences go on whose masks have been found; ends those whose grammar has ended.
+
+        Waits a little for masks that are about to be found. Call it before `schedule`.
+        """
+        if not self.awaits_masks or self._grammars is None:
+            return []
+        deltas: list[TokenDelta] = []
+        for state in self._grammars.collect():
+            seq = self._backlog.live.get(state.seq_id)
+            if seq is None or not (state.ended or state.error):
+                continue
+            reason = "error" if state.error else "stop"
+            deltas.append(seq.end(reason, state.error, time.monotonic()))
+            self._end(seq)
+        if deltas:
+            self._running = [seq for seq in self._running if seq.row != NO_ROW]
+            self.num_finished += len(deltas)
+        parked, self._parked = self._parked, []
+        for seq in parked:
+            if seq.seq_id not in self._backlog.live:
+                continue
+            if seq.has_mask:
+                self._backlog.push(seq)
+            else:
+                self._parked.append(seq)
+        return deltas
+
     # -- Planning ----------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
         """Plans the next step, or returns None when there is nothing to launch now.
 
-        None while requests are live means that they wait for the `update` of a launched step.
+        None while requests are live means that they wait for the `update` of a launched step, or
+        for masks.
         """
         draft = Draft(
             number=self._num_planned_steps + 1,
@@ -183,6 +235,9 @@ class Scheduler:
                 num_tokens >= seq.max_total_tokens or seq.request.needs_host_tokens
             ):
                 continue
+            grammar = seq.grammar
+            if grammar is not None and not grammar.ready:
+                continue
             if num_tokens - num_computed > 1 or seq.followers:
                 draft.unfinished.append(seq)
                 continue
@@ -199,6 +254,8 @@ class Scheduler:
             seq.num_computed_tokens = num_tokens
             seq.num_tokens = num_tokens + 1
             seq.num_pending_tokens = num_pending + 1
+            if grammar is not None and grammar.mask is not None:
+                draft.masks[seq.seq_id] = grammar.mask
             budget -= 1
         draft.budget = budget
 
@@ -237,6 +294,9 @@ class Scheduler:
         while self._free_rows and draft.budget > 0 and (seq := self._backlog.head()) is not None:
             if seq.last_step > self._num_updated_steps:
                 return  # preempted, and a launched step still has a token for it
+            if not seq.has_mask:  # nobody waits behind it
+                self._parked.append(self._backlog.pop())
+                continue
             if self._refused[0] == seq.seq_id and blocks.num_free <= self._refused[1]:
                 return  # nothing was freed since
             found = blocks.find(seq)
@@ -297,7 +357,10 @@ class Scheduler:
             if delta.finish_reason is not None:
                 self._end(seq)
                 num_ended += 1
-            elif seq.num_computed_tokens // block_size > seq.num_remembered_blocks:
+                continue
+            if seq.grammar is not None and self._grammars is not None:
+                self._grammars.advance(seq.grammar, delta.token_ids)
+            if seq.num_computed_tokens // block_size > seq.num_remembered_blocks:
                 self._blocks.remember(seq)
         if num_ended:
             self._running = [seq for seq in self._running if seq.row != NO_ROW]

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from jaxserve.request import FinishReason, Request, RequestTimes, TokenDelta, TokenLogprobs
-from jaxserve.step import RowPlan, SampledRow
+from jaxserve.scheduler.grammar import GrammarState
+from jaxserve.step import NO_TOKEN, RowPlan, SampledRow
 
 NO_ROW = -1
 
@@ -34,6 +35,7 @@ class Sequence:
     num_remembered_blocks: int = 0  # of those held, the ones the prefix cache has seen
     followers: list["Sequence"] = field(default_factory=list)  # wait for this one's prompt
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # shared by all choices
+    grammar: GrammarState | None = None
     num_cached_tokens: int = 0
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
@@ -45,6 +47,11 @@ class Sequence:
     @property
     def num_known_tokens(self) -> int:
         return self.num_tokens - self.num_pending_tokens
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether its next token can be drawn, as far as a grammar is concerned."""
+        return self.grammar is None or self.grammar.ready
 
     def token_ids(self, start: int, end: int) -> tuple[int, ...]:
         """The known tokens at positions start ... end - 1, of prompt and output."""
@@ -82,13 +89,15 @@ class Sequence:
         logprobs, prompt_logprobs = sampled.logprobs, None
         reason: FinishReason | None = None
         stop_reason: int | None = None
+        error: str | None = None
         if not output:
             self.first_token_s = finished_s
             if self.prompt_logprobs is not None:
                 prompt_logprobs = tuple(self.prompt_logprobs)
         for count, token_id in enumerate(token_ids, 1):
-            if token_id < 0:  # the model's logits were not numbers
-                reason, token_ids, logprobs = "error", token_ids[: count - 1], None
+            if token_id < 0:
+                reason, error = self._without_token(token_id)
+                token_ids, logprobs = token_ids[: count - 1], None
                 break
             output.append(token_id)
             may_stop = len(output) >= request.sampling.min_tokens
@@ -112,7 +121,32 @@ class Sequence:
             prompt_logprobs,
             reason,
             stop_reason,
-            "the model's logits are not numbers (NaN)" if reason == "error" else None,
+            error,
             self.num_cached_tokens,
             RequestTimes(request.arrival_s, self.scheduled_s, self.first_token_s, finished_s),
+        )
+
+    def end(self, reason: FinishReason, error: str | None, finished_s: float) -> TokenDelta:
+        """The last delta of a sequence that ends without a further token."""
+        return TokenDelta(
+            self.request.request_id,
+            self.choice,
+            (),
+            finish_reason=reason,
+            error=error,
+            num_cached_tokens=self.num_cached_tokens,
+            times=RequestTimes(
+                self.request.arrival_s, self.scheduled_s, self.first_token_s, finished_s
+            ),
+        )
+
+    def _without_token(self, token_id: int) -> tuple[FinishReason, str | None]:
+        """How a sequence ends for which there was no token to draw."""
+        if token_id != NO_TOKEN:
+            return "error", "the model's logits are not numbers (NaN)"
+        if self.grammar is not None and self.grammar.may_end:
+            return "stop", None
+        return "error", (
+            "no token is possible: structured_outputs, allowed_token_ids, logit_bias and bad_words "
+            "rule out all of them; relax one"
         )
