@@ -6,7 +6,10 @@ function of that hash and the choice, so each sequence has one right output, wha
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+
+import numpy as np
 
 from jaxserve.request import Abort, Request, TokenDelta, TokenLogprobs
 from jaxserve.sampling_params import SamplingParams
@@ -121,7 +124,8 @@ class FakeRunner:
             )
         read: dict[tuple[int, int, int], int] = {}
         written: dict[tuple[int, int, int], int] = {}
-        sampled = tuple(self._run_row(row, read, written) for row in plan.rows)
+        assert plan.token_masks.keys() <= {row.seq_id for row in plan.rows if row.samples}
+        sampled = tuple(self._run_row(row, read, written, plan.token_masks) for row in plan.rows)
         for slot in written:
             assert slot not in read, f"{slot} is read and written in one step"
             self.pages[slot] = written[slot]
@@ -152,6 +156,7 @@ class FakeRunner:
         plan: RowPlan,
         read: dict[tuple[int, int, int], int],
         written: dict[tuple[int, int, int], int],
+        masks: Mapping[int, np.ndarray],
     ) -> SampledRow:
         seq_id, row = self.rows[plan.row]
         assert seq_id == plan.seq_id, "the row belongs to another sequence"
@@ -189,6 +194,10 @@ class FakeRunner:
         tokens: tuple[int, ...] = ()
         if plan.samples:
             tokens = (next_token(kv, row.choice),)
+            if plan.seq_id in masks:
+                word = int(masks[plan.seq_id][0])
+                allowed = [i for i in range(NUM_TOKEN_IDS) if word >> i & 1]
+                tokens = (allowed[tokens[0] % len(allowed)],)
             row.tokens.extend(tokens)
         return SampledRow(plan.seq_id, tokens, None, scores if plan.wants_prompt_logprobs else None)
 
@@ -222,6 +231,7 @@ class Engine:
 
     def step(self) -> StepPlan | None:
         """One turn of the loop; raises if nothing moves although something is live."""
+        self._keep(self.scheduler.collect_masks())
         plan = self.scheduler.schedule()
         if plan is not None:
             self.plans.append(plan)
@@ -231,7 +241,8 @@ class Engine:
             self._keep(self.scheduler.update(*self.in_flight.pop(0)))
             check_blocks(self.scheduler)
         else:
-            assert plan is not None or self.scheduler.idle, "nothing moves, but requests are live"
+            waits = self.scheduler.idle or self.scheduler.awaits_masks
+            assert plan is not None or waits, "nothing moves, but requests are live"
         return plan
 
     def run(self, limit: int = 10_000) -> None:
