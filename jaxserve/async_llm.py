@@ -24,11 +24,49 @@ LONG_TEXT_CHARS = 20_000  # tokenized in a thread, for it would hold up the even
 
 
 class _Mailbox:
-    """Wakes the one consumer of a request, in whichever event loop that runs."""
+    """Wakes the one consumer of a stream, in whichever event loop that runs."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.news = asyncio.Event()
+
+
+class OutputStream:
+    """The outputs of prompts that run, as they come: (index of the prompt, output).
+
+    Iterate once; `close` aborts what still runs, and must be called at the end.
+    """
+
+    def __init__(self, llm: "AsyncLLM") -> None:
+        self._llm = llm
+        self._mailbox = _Mailbox()
+        self._states: list[RequestState] = []
+
+    def add(self, state: RequestState) -> None:
+        """One more prompt. What came for it already is found by the first `take`."""
+        self._states.append(state)
+        self._llm._listen(state, self._mailbox)
+
+    async def __aiter__(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        running = list(enumerate(self._states))
+        while running:
+            for entry in tuple(running):
+                index, state = entry
+                output = state.take()
+                if output is None:
+                    continue
+                if output.finished:
+                    running.remove(entry)
+                yield index, output
+            if running:
+                await self._mailbox.news.wait()
+                self._mailbox.news.clear()
+
+    def close(self) -> None:
+        """Abort what still runs; without effect after the last output."""
+        for state in self._states:
+            self._llm._unlisten(state)
+            self._llm.client.cancel(state)
 
 
 class AsyncLLM:
@@ -94,39 +132,77 @@ class AsyncLLM:
         """
         sampling = sampling_params or self.get_default_sampling_params()
         self.client.check_health()
-        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-        if not isinstance(prompt, ParsedPrompt) and (
-            isinstance(text, str) and len(text) > LONG_TEXT_CHARS
-        ):
-            prompt = await asyncio.to_thread(self.client.processor.parse, prompt)
-        compiling = self.client.begin_grammar(sampling)
-        if compiling is not None:  # it may take seconds; `submit` finds it done
-            await asyncio.wrap_future(compiling)
-        mailbox = _Mailbox()
-        state = self.client.submit(
-            prompt,
+        parsed = await self.parse(prompt)
+        await self.prepare(sampling)
+        stream = self.submit(
+            [parsed],
             sampling,
             request_id=request_id,
             priority=priority,
             lora_request=lora_request,
         )
-        # What came before the mailbox is there is found by the first `take`.
-        with self._lock:
-            self._mailboxes[state.request.request_id] = mailbox
         try:
-            while True:
-                output = state.take()
-                if output is not None:
-                    yield output
-                    if output.finished:
-                        return
-                    continue
-                await mailbox.news.wait()
-                mailbox.news.clear()
+            async for _, output in stream:
+                yield output
         finally:
-            with self._lock:
-                self._mailboxes.pop(state.request.request_id, None)
-            self.client.cancel(state)  # without effect after the last output
+            stream.close()
+
+    async def parse(self, prompt: Prompt | ParsedPrompt, **options: Any) -> ParsedPrompt:
+        """A prompt as tokens; a long text is tokenized in a thread, off the event loop.
+
+        Raises:
+            RequestError: As `Processor.parse`, whose options these are.
+        """
+        if isinstance(prompt, ParsedPrompt):
+            return prompt
+        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+        if isinstance(text, str) and len(text) > LONG_TEXT_CHARS:
+            return await asyncio.to_thread(self.client.processor.parse, prompt, **options)
+        return self.client.processor.parse(prompt, **options)
+
+    async def prepare(self, sampling: SamplingParams) -> None:
+        """Does what `submit` would hold the event loop up with: it compiles a grammar, if any.
+
+        Raises:
+            RequestError: The grammar is refused.
+        """
+        compiling = self.client.begin_grammar(sampling)
+        if compiling is not None:  # `submit` finds it done
+            await asyncio.wrap_future(compiling)
+
+    def submit(
+        self,
+        prompts: Sequence[ParsedPrompt],
+        sampling: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        lora_request: object | None = None,
+        stream_interval: int = 1,
+    ) -> "OutputStream":
+        """Hand prompts to the engine at once; all of them, or none if one is refused.
+
+        Raises:
+            RequestError: A prompt is refused, or the queue is full.
+            EngineDeadError: The engine stopped.
+        """
+        stream = OutputStream(self)
+        try:
+            for prompt in prompts:
+                stream.add(
+                    self.client.submit(
+                        prompt,
+                        sampling,
+                        request_id=request_id,
+                        priority=priority,
+                        lora_request=lora_request,
+                        stream_interval=stream_interval,
+                    )
+                )
+        except BaseException:
+            stream.close()
+            raise
+        return stream
 
     def chat(
         self,
@@ -196,6 +272,14 @@ class AsyncLLM:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
+
+    def _listen(self, state: RequestState, mailbox: _Mailbox) -> None:
+        with self._lock:
+            self._mailboxes[state.request.request_id] = mailbox
+
+    def _unlisten(self, state: RequestState) -> None:
+        with self._lock:
+            self._mailboxes.pop(state.request.request_id, None)
 
     def _wake(self, states: Sequence[RequestState]) -> None:
         """Tell the consumers that there is something to take; one call a loop."""

@@ -1,4 +1,4 @@
-"""The command line: `jaxserve generate`, `chat`, `demo`, `bench` and `collect-env`.
+"""The command line: `jaxserve serve`, `generate`, `chat`, `demo`, `bench` and `collect-env`.
 
 Nothing heavy is imported here: the help of a command needs its flags only, and a command imports
 JAX when it runs.
@@ -9,6 +9,7 @@ import sys
 from types import ModuleType
 
 COMMANDS = {
+    "serve": "an OpenAI-compatible HTTP server",
     "generate": "complete one or several prompts",
     "chat": "talk with a model in the terminal",
     "demo": "several prompts at once on the demo model",
@@ -60,6 +61,8 @@ def _run(arguments: list[str]) -> int:
         prog = f"jaxserve {name}"
         parser = Parser(prog=prog, usage=f"{prog} {module.USAGE}", description=module.__doc__)
         module.add_arguments(parser)
+        if name == "serve":  # reads the environment and a file by the same parser
+            return module.run_arguments(parser, arguments[len(words) :])
         return module.run(parser.parse(arguments[len(words) :]))
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -78,6 +81,8 @@ def _run(arguments: list[str]) -> int:
 
 def _command(name: str) -> ModuleType:
     match name:
+        case "serve":
+            from jaxserve.commands import serve as module
         case "generate":
             from jaxserve.commands import generate as module
         case "chat":

@@ -95,12 +95,14 @@ class Client:
         priority: int = 0,
         lora_request: object | None = None,
         output_kind: RequestOutputKind | None = None,
+        stream_interval: int = 1,
     ) -> RequestState:
         """Check a request and hand it to the engine.
 
         Args:
             request_id: The user's; need not be unique. None: a number.
             output_kind: Overrules the sampling parameters'.
+            stream_interval: See `RequestState`.
 
         Raises:
             RequestError: It is refused; every other request goes on.
@@ -129,6 +131,7 @@ class Client:
             prompt=parsed.text,
             tokenizer=self.tokenizer,
             output_kind=output_kind,
+            stream_interval=stream_interval,
         )
         with self._lock:  # known before the engine can answer
             self._states[request.request_id] = state
@@ -203,6 +206,17 @@ class Client:
         Raises:
             RequestError: There is no template, it refuses, or the prompt is too long.
         """
+        text = self.render_text(messages, chat_template_kwargs, **options)
+        # The template writes the begin token itself, where the model wants one.
+        return self.processor.parse(text, add_special_tokens=False)
+
+    def render_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """A conversation as the text of a prompt; as `render_chat`."""
         tokenizer = self.require_tokenizer()
         kwargs = dict(chat_template_kwargs or {})
         if reserved := sorted(RESERVED_KWARGS & kwargs.keys()):
@@ -211,9 +225,7 @@ class Client:
                 "name",
                 param="chat_template_kwargs",
             )
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options, **kwargs)
-        # The template writes the begin token itself, where the model wants one.
-        return self.processor.parse(text, add_special_tokens=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options, **kwargs)
 
     def abort(self, request_id: str | Sequence[str]) -> list[RequestState]:
         """End all requests that carry a user's id; returns those that were still running."""

@@ -39,7 +39,7 @@ HELP = {
     "enable_chunked_prefill": "spread a long prompt over several steps",
     "scheduling_policy": "who runs first: in order of arrival, or by priority",
     "async_scheduling": "plan the next step while the device works",
-    "max_num_queued_reqs": "refuse requests when so many wait (default: no limit)",
+    "max_num_queued_reqs": "refuse requests when so many wait (serve: 1024)",
     "attention_backend": f"attention kernel: {', '.join(ATTENTION_BACKENDS)}. auto: the first that "
     "supports model and device",
     "layer_loop": "compile layers as a loop or one by one",
@@ -58,12 +58,19 @@ _SERVER_ONLY = {"served_model_name", "max_num_queued_reqs", "disable_log_stats"}
 
 
 def add_engine_arguments(
-    parser: argparse.ArgumentParser, *, without: Set[str] = frozenset()
+    parser: argparse.ArgumentParser,
+    *,
+    without: Set[str] = frozenset(),
+    of_server: Set[str] = frozenset(),
 ) -> None:
-    """Adds a flag for each field of `EngineConfig` but `without`. Only given flags are set."""
+    """Adds a flag for each field of `EngineConfig` but `without`. Only given flags are set.
+
+    Args:
+        of_server: Flags to add that only a server has a use for.
+    """
     group = parser.add_argument_group("engine")
     for field in fields(EngineConfig):
-        if field.name not in _NOT_A_FLAG | _SERVER_ONLY | without:
+        if field.name not in _NOT_A_FLAG | (_SERVER_ONLY - of_server) | without:
             flag = f"--{field.name.replace('_', '-')}"
             group.add_argument(flag, dest=field.name, **_options(field))
 
@@ -95,7 +102,7 @@ def _options(field: Field[Any]) -> dict[str, Any]:
     """What argparse needs to know of a field."""
     text = HELP.get(field.name, "")
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
-    kind = _without_none(field.type)
+    kind = without_none(field.type)
     if kind is bool:
         default = "on" if field.default else "off"
         text = argparse.SUPPRESS if field.name in _HIDDEN else f"{text} (default: {default})"
@@ -109,18 +116,18 @@ def _options(field: Field[Any]) -> dict[str, Any]:
     elif kind is str:
         options["metavar"] = "X"
     else:
-        options |= {"type": _json_object, "metavar": "JSON"}
+        options |= {"type": json_object, "metavar": "JSON"}
     return options
 
 
-def _without_none(kind: Any) -> Any:
+def without_none(kind: Any) -> Any:
     """`int` of `int | None`."""
     if isinstance(kind, types.UnionType):
         return next(part for part in typing.get_args(kind) if part is not types.NoneType)
     return kind
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError:

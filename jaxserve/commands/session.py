@@ -21,8 +21,8 @@ def open_llm(config: EngineConfig, *, quiet: bool = False) -> "LLM":
     """
     from jaxserve.llm import LLM
 
-    llm = LLM.from_engine_args(_with_progress(config, quiet))
-    _show(llm, quiet)
+    llm = LLM.from_engine_args(with_progress(config, quiet))
+    show(llm, quiet)
     return llm
 
 
@@ -32,19 +32,21 @@ def open_streamer(config: EngineConfig, *, quiet: bool = False) -> "Iterator[Str
     from jaxserve.async_llm import AsyncLLM
     from jaxserve.commands.streams import Streamer
 
-    llm = AsyncLLM.from_engine_args(_with_progress(config, quiet))
+    llm = AsyncLLM.from_engine_args(with_progress(config, quiet))
     try:
-        _show(llm, quiet)
+        show(llm, quiet)
         yield Streamer(llm)
     finally:
         llm.shutdown()
 
 
-def _with_progress(config: EngineConfig, quiet: bool) -> EngineConfig:
+def with_progress(config: EngineConfig, quiet: bool) -> EngineConfig:
+    """The same with progress bars only where someone sees them."""
     return replace(config, show_progress=config.show_progress and not quiet and sys.stderr.isatty())
 
 
-def _show(llm: Any, quiet: bool) -> None:
+def show(llm: Any, quiet: bool) -> None:
+    """The start-up table on stderr."""
     from rich.console import Console
 
     from jaxserve.commands.startup_table import print_startup_table

@@ -7,7 +7,7 @@ name is checked here, on the host.
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -133,6 +133,7 @@ class Processor:
         *,
         add_special_tokens: bool = True,
         truncate_prompt_tokens: int | None = None,
+        truncation_side: Literal["left", "right"] = "left",
     ) -> ParsedPrompt:
         """Any form of prompt as tokens; see `PromptReader.read`.
 
@@ -143,6 +144,7 @@ class Processor:
             prompt,
             add_special_tokens=add_special_tokens,
             truncate_prompt_tokens=truncate_prompt_tokens,
+            truncation_side=truncation_side,
         )
 
     # The sampling parameters

@@ -6,7 +6,7 @@ names is checked here, on the host.
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -63,6 +63,7 @@ class PromptReader:
         *,
         add_special_tokens: bool = True,
         truncate_prompt_tokens: int | None = None,
+        truncation_side: Literal["left", "right"] = "left",
     ) -> ParsedPrompt:
         """Any form of prompt as tokens, checked.
 
@@ -70,6 +71,7 @@ class PromptReader:
             prompt: Text, token ids, or {"prompt" or "prompt_token_ids", "cache_salt"}.
             add_special_tokens: Let the tokenizer add its begin token; not for rendered chats.
             truncate_prompt_tokens: Keep the last N; -1: all that leave room for one output token.
+            truncation_side: Where tokens are cut off; "right" keeps the first N.
         """
         salt = None
         text: str | None = None
@@ -83,13 +85,14 @@ class PromptReader:
         else:
             ids = self._checked_ids(source)
         if truncate_prompt_tokens is not None:
-            ids = ids[-self._kept(truncate_prompt_tokens) :]
+            kept = self._kept(truncate_prompt_tokens)
+            ids = ids[-kept:] if truncation_side == "left" else ids[:kept]
         if not ids:
             raise RequestError(
                 "the prompt is empty; send at least one token", param="prompt", code="invalid_value"
             )
         self._check_length(len(ids))
-        return ParsedPrompt(text, ids, _checked_salt(salt))
+        return ParsedPrompt(text, ids, checked_salt(salt))
 
     def _tokenize(self, text: str, add_special_tokens: bool, limit: int | None) -> tuple[int, ...]:
         tokenizer = self.tokenizer
@@ -205,7 +208,7 @@ def _open_mapping(prompt: Mapping[str, Any]) -> tuple[object, str | None, Any]:
     return text if ids is None else ids, text, prompt.get("cache_salt")
 
 
-def _checked_salt(salt: object) -> str | None:
+def checked_salt(salt: object) -> str | None:
     if salt is None:
         return None
     if (

@@ -47,6 +47,7 @@ class RequestState:
         prompt: str | None,
         tokenizer: Tokenizer | None,
         output_kind: RequestOutputKind | None = None,
+        stream_interval: int = 1,
     ) -> None:
         sampling = request.sampling
         self.request = request
@@ -54,6 +55,7 @@ class RequestState:
         self.finished = False
         self.error: Exception | None = None
         self._kind = output_kind or sampling.output_kind
+        self._interval = stream_interval
         self._prompt = prompt
         self._tokenizer = tokenizer
         self._prompt_logprobs: PromptLogprobs | None = None
@@ -181,12 +183,17 @@ class RequestState:
     def _take_choice(self, choice: _Choice) -> tuple[CompletionOutput, bool]:
         finished = choice.finish_reason is not None
         start = choice.num_taken
+        num_new = len(choice.token_ids) - start
+        # The first token and the end come at once.
+        is_new = num_new >= (self._interval if start else 1) or (
+            finished and not choice.told_finished
+        )
         delta = self._kind is RequestOutputKind.DELTA
-        is_new = len(choice.token_ids) > start or (finished and not choice.told_finished)
-        choice.num_taken = len(choice.token_ids)
-        choice.told_finished = finished
         text, detokenizer = "", choice.detokenizer
-        if detokenizer is not None:
+        if is_new:
+            choice.num_taken = len(choice.token_ids)
+            choice.told_finished = finished
+        if detokenizer is not None and (is_new or not delta):
             text = detokenizer.take(finished) if delta else detokenizer.visible(finished)
         first = start if delta else 0
         output = CompletionOutput(

@@ -1,0 +1,87 @@
+"""The application: routes, and the layers that every request passes."""
+
+import hashlib
+import json
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from jaxserve.async_llm import AsyncLLM
+from jaxserve.server.auth import Authentication
+from jaxserve.server.chat import chat_completions
+from jaxserve.server.completions import completions
+from jaxserve.server.config import ServerConfig
+from jaxserve.server.context import Context
+from jaxserve.server.guards import Guard
+from jaxserve.server.routes_health import health, own_version, ready, show_version
+from jaxserve.server.routes_models import model, models
+from jaxserve.server.routes_tokens import detokenize, tokenize
+
+
+def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":
+    """The ASGI application over an engine that runs.
+
+    Args:
+        llm: Stays the caller's to shut down.
+        config: Of the server.
+    """
+    context = Context(llm=llm, config=config, names=_names(llm, config), fingerprint=_print(llm))
+    layered: ASGIApp = Authentication(
+        Router(_routes(config), redirect_slashes=False),
+        config.api_keys,
+        protect_metrics=config.protect_metrics,
+        max_concurrent=config.max_concurrent_requests_per_key,
+    )
+    if config.allowed_origins:
+        layered = CORSMiddleware(
+            layered,
+            allow_origins=config.allowed_origins,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+            allow_credentials=config.allow_credentials,
+            expose_headers=("x-request-id", "retry-after"),
+        )
+    return Application(Guard(layered, config.allowed_hosts), context)
+
+
+class Application:
+    """The ASGI application, with the context that whoever serves it must reach."""
+
+    def __init__(self, app: ASGIApp, context: Context) -> None:
+        self._app = app
+        self.context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self  # the router raises for what it does not find, instead of answering
+        scope.setdefault("state", {})["context"] = self.context
+        await self._app(scope, receive, send)
+
+
+def _routes(config: ServerConfig) -> list[Route]:
+    return [
+        Route("/health", health, methods=["GET"]),
+        Route("/ping", health, methods=["GET", "POST"]),
+        Route("/ready", ready, methods=["GET"]),
+        Route("/version", show_version, methods=["GET"]),
+        Route("/v1/models", models, methods=["GET"]),
+        Route("/v1/models/{name:path}", model, methods=["GET"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+    ]
+
+
+def _names(llm: AsyncLLM, config: ServerConfig) -> tuple[str, ...]:
+    if config.served_model_name:
+        return config.served_model_name
+    return (llm.config.served_model_name or llm.config.model,)
+
+
+def _print(llm: AsyncLLM) -> str:
+    """`jaxserve-VERSION-HASH`: the same for the same version, model and settings that count."""
+    summary = llm.summary()
+    facts = {name: str(summary.get(name)) for name in ("model", "dtype", "device", "parameters")}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return f"jaxserve-{own_version()}-{digest[:8]}"

@@ -1,0 +1,35 @@
+"""Is it alive, is it ready, which version is it."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxserve.server.answers import json_response
+from jaxserve.server.context import Context
+from jaxserve.server.errors import overloaded
+
+
+async def health(request: Request) -> Response:
+    """Alive: 200 with no body. 503 when the engine is dead, or has work and makes no progress."""
+    context = Context.of(request)
+    await context.llm.check_health()
+    return Response(status_code=200)
+
+
+async def ready(request: Request) -> Response:
+    """Ready for traffic: 503 while draining, or when not alive."""
+    if Context.of(request).not_ready:
+        raise overloaded("the server is shutting down")
+    return await health(request)
+
+
+async def show_version(request: Request) -> Response:
+    return json_response({"version": own_version()})
+
+
+def own_version() -> str:
+    try:
+        return version("jaxserve-llm")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

@@ -1,0 +1,109 @@
+"""`response_format` and `structured_outputs` as the engine's constraint."""
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from jaxserve.server.errors import invalid
+from jaxserve.server.limits import RequestLimits
+from jaxserve.server.schema import read
+from jaxserve.structured_outputs import StructuredOutputsParams
+
+
+class JSONSchemaFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    schema: dict[str, Any] | bool
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the output must look like."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: dict[str, Any] | None = None
+    structures: list[Any] | None = None
+    triggers: list[Any] | None = None
+    format: dict[str, Any] | None = None
+
+
+class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's form of it: exactly one of the first six."""
+
+    json: dict[str, Any] | str | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: str | None = None
+
+
+def structured_outputs(
+    response_format: dict[str, Any] | None,
+    given: dict[str, Any] | None,
+    limits: RequestLimits,
+) -> StructuredOutputsParams | None:
+    """The constraint that a request asks for; None: free text.
+
+    Raises:
+        APIError: It is malformed, too large, or there are two.
+        RequestError: The engine does not take it.
+    """
+    found = _of_response_format(response_format, limits)
+    if given is None:
+        return found
+    if found is not None:
+        raise invalid(
+            "response_format and structured_outputs exclude each other; send one of them",
+            "structured_outputs",
+        )
+    _check_size(given, "structured_outputs", limits)
+    values = msgspec.structs.asdict(read(StructuredOutputs, given, prefix="structured_outputs"))
+    return StructuredOutputsParams(**{k: v for k, v in values.items() if v is not None})
+
+
+def json_schema(schema: Any, param: str, limits: RequestLimits) -> StructuredOutputsParams:
+    """A schema as the constraint."""
+    _check_size(schema, param, limits)
+    return StructuredOutputsParams(json=schema)
+
+
+def _of_response_format(
+    data: dict[str, Any] | None, limits: RequestLimits
+) -> StructuredOutputsParams | None:
+    if data is None:
+        return None
+    form = read(ResponseFormat, data, prefix="response_format")
+    match form.type:
+        case "text":
+            return None
+        case "json_object":
+            return StructuredOutputsParams(json_object=True)
+        case "structural_tag":
+            raise invalid(
+                "response_format.type structural_tag is not supported; use json_schema",
+                "response_format.type",
+                "unsupported_parameter",
+            )
+    if form.json_schema is None:
+        raise invalid(
+            "response_format.json_schema is missing; send its name and schema",
+            "response_format.json_schema",
+            "missing_required_parameter",
+        )
+    spec = read(JSONSchemaFormat, form.json_schema, prefix="response_format.json_schema")
+    return json_schema(spec.schema, "response_format", limits)
+
+
+def _check_size(value: Any, param: str, limits: RequestLimits) -> None:
+    size = len(msgspec.json.encode(value))
+    if size > limits.max_schema_bytes:
+        raise invalid(
+            f"{param} is {size} bytes long; at most {limits.max_schema_bytes} are allowed",
+            param,
+            "invalid_json_schema",
+        )

@@ -1,0 +1,74 @@
+"""Hands a request to the engine: its id, its priority, whose prefixes it may share."""
+
+import uuid
+from collections.abc import Sequence
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxserve.async_llm import OutputStream
+from jaxserve.frontend.prompts import ParsedPrompt, checked_salt
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.server.answers import CLIENT_LEFT
+from jaxserve.server.context import Context
+from jaxserve.server.errors import invalid, overloaded
+
+
+def request_name(request: Request, kind: str, given: str | None) -> str:
+    """The answer's id: `cmpl-` and the like, then the header's, the body's or a random one."""
+    header = request.headers.get("x-request-id")
+    scope_id = request.scope["state"]["request_id"]
+    return f"{kind}-{scope_id if header or given is None else given or uuid.uuid4().hex}"
+
+
+def priority_of(request: Request, given: int | None) -> int:
+    """The body's priority, or the header's."""
+    header = request.headers.get("x-priority", request.headers.get("x-vllm-priority"))
+    if given is not None or header is None:
+        return given or 0
+    try:
+        return int(header)
+    except ValueError:
+        raise invalid("the X-Priority header is not a whole number", "priority") from None
+
+
+async def submit(
+    request: Request,
+    context: Context,
+    prompts: Sequence[ParsedPrompt],
+    sampling: SamplingParams,
+    *,
+    name: str,
+    cache_salt: str | None = None,
+    priority: int = 0,
+    stream_interval: int | None = None,
+) -> OutputStream:
+    """Starts the work of a request; the caller closes what comes back.
+
+    Raises:
+        APIError: 503 while the server is draining.
+        RequestError: It is refused.
+    """
+    if context.draining:
+        raise overloaded("the server is shutting down; send this to another")
+    await context.llm.prepare(sampling)
+    salt = _salt(request, context, checked_salt(cache_salt))
+    return context.llm.submit(
+        [prompt._replace(cache_salt=salt) for prompt in prompts],
+        sampling,
+        request_id=name,
+        priority=priority,
+        stream_interval=stream_interval or context.config.stream_interval,
+    )
+
+
+def _salt(request: Request, context: Context, given: str | None) -> str | None:
+    """Keys do not share prefixes, for how fast a prompt is tells whether someone has sent it."""
+    tenant = request.scope["state"].get("tenant")
+    if tenant is None or context.config.shared_prefix_cache:
+        return given
+    return f"{tenant}/{given or ''}"
+
+
+def gone_response() -> Response:
+    return Response(status_code=CLIENT_LEFT)
