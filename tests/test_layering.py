@@ -14,6 +14,7 @@ SOURCES = sorted(p for name in ("jaxserve", "pallas_kernels") for p in (ROOT / n
 CORRIDOR = {
     "errors": "",
     "config": "errors",
+    "server_config": "errors",
     "structured_outputs": "errors",
     "sampling_params": "errors structured_outputs",
     "gguf": "errors",
@@ -43,7 +44,7 @@ MAY_IMPORT = {
         "client": f"engine frontend {ALL}",
         "llm": f"client frontend {ALL}",
         "async_llm": f"client frontend {ALL}",
-        "server": f"client frontend {ALL}",
+        "server": f"async_llm client frontend {ALL}",
         "commands": f"llm async_llm server {ALL}",
         "cli": f"commands {ALL}",
         "__init__": f"llm async_llm {ALL}",

@@ -45,6 +45,8 @@ HELP = {
     "layer_loop": "compile layers as a loop or one by one",
     "enforce_eager": "accepted for compatibility; XLA always compiles",
     "max_logprobs": "most log-probabilities a request may ask for; -1: the whole vocabulary",
+    "grammar_compile_timeout_s": "seconds that the grammar of a request may take to compile",
+    "max_grammar_bytes": "bytes of a request's schema, regex, grammar or choices",
     "seed": "seed of requests that bring none",
     "compilation_cache_dir": "where compiled programs are kept (default: ~/.cache/jaxserve)",
     "warm_up": "compile every shape at start",

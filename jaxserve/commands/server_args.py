@@ -8,8 +8,7 @@ from typing import Any
 
 from jaxserve.commands.engine_args import json_object, without_none
 from jaxserve.commands.parser import UsageError, number, whole_number
-from jaxserve.server.config import ServerConfig
-from jaxserve.server.limits import RequestLimits
+from jaxserve.server_config import RequestLimits, ServerConfig
 
 HELP = {
     "host": "address to listen on; 0.0.0.0 is all of them",

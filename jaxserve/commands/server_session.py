@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jaxserve.config import EngineConfig
 
 if TYPE_CHECKING:
-    from jaxserve.server.config import ServerConfig
+    from jaxserve.server_config import ServerConfig
 
 
 def serve_model(engine: EngineConfig, config: "ServerConfig") -> int:

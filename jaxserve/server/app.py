@@ -11,12 +11,12 @@ from jaxserve.async_llm import AsyncLLM
 from jaxserve.server.auth import Authentication
 from jaxserve.server.chat import chat_completions
 from jaxserve.server.completions import completions
-from jaxserve.server.config import ServerConfig
 from jaxserve.server.context import Context
 from jaxserve.server.guards import Guard
 from jaxserve.server.routes_health import health, own_version, ready, show_version
 from jaxserve.server.routes_models import model, models
 from jaxserve.server.routes_tokens import detokenize, tokenize
+from jaxserve.server_config import ServerConfig
 
 
 def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":

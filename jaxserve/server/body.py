@@ -7,7 +7,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from jaxserve.server.errors import APIError
 from jaxserve.server.json_body import parse_object
-from jaxserve.server.limits import RequestLimits
+from jaxserve.server_config import RequestLimits
 
 LONG_BODY_BYTES = 256 << 10  # parsed in a thread, for it would hold up the event loop
 

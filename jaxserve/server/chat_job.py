@@ -25,7 +25,6 @@ from jaxserve.frontend.prompts import ParsedPrompt
 from jaxserve.outputs import CompletionOutput, RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.chat_protocol import REFUSED, ChatCompletionRequest
-from jaxserve.server.config import ServerConfig
 from jaxserve.server.context import Context
 from jaxserve.server.errors import invalid
 from jaxserve.server.fields import check_stream_options, refuse_unsupported, sampling_params
@@ -33,6 +32,7 @@ from jaxserve.server.messages import NamedToolChoice, check_messages, check_tool
 from jaxserve.server.structured import json_schema, structured_outputs
 from jaxserve.server.submitting import priority_of, submit
 from jaxserve.server.usage import Counter
+from jaxserve.server_config import ServerConfig
 
 
 class Piece(NamedTuple):

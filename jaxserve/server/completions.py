@@ -24,7 +24,6 @@ from jaxserve.server.fields import (
     refuse_unsupported,
     sampling_params,
 )
-from jaxserve.server.limits import RequestLimits
 from jaxserve.server.logprobs import (
     CompletionLogprobs,
     PromptLogprobsOut,
@@ -35,6 +34,7 @@ from jaxserve.server.schema import read
 from jaxserve.server.structured import structured_outputs
 from jaxserve.server.submitting import gone_response, priority_of, request_name, submit
 from jaxserve.server.usage import Counter, Usage
+from jaxserve.server_config import RequestLimits
 
 DEFAULT_MAX_TOKENS = 16
 

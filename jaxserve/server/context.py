@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from jaxserve.async_llm import AsyncLLM
-from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import APIError, invalid
+from jaxserve.server_config import ServerConfig
 
 
 @dataclass(slots=True)

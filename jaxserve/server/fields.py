@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.server.errors import invalid
-from jaxserve.server.limits import RequestLimits
+from jaxserve.server_config import RequestLimits
 
 NonNegative = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]

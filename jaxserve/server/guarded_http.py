@@ -11,8 +11,7 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from jaxserve.server.errors import APIError
-from jaxserve.server.limits import RequestLimits
-
+from jaxserve.server_config import RequestLimits
 
 LINGER_S = 5.0
 LINGER_BYTES = 64 << 20

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from jaxserve.server.errors import invalid
-from jaxserve.server.limits import RequestLimits
+from jaxserve.server_config import RequestLimits
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -16,8 +16,8 @@ import uvicorn
 
 from jaxserve.errors import ConfigError
 from jaxserve.server.app import Application
-from jaxserve.server.config import ServerConfig
 from jaxserve.server.guarded_http import guarded_protocol
+from jaxserve.server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import msgspec
 from msgspec import Struct
 
 from jaxserve.server.errors import invalid
-from jaxserve.server.limits import RequestLimits
 from jaxserve.server.schema import read
+from jaxserve.server_config import RequestLimits
 from jaxserve.structured_outputs import StructuredOutputsParams
 
 

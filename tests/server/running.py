@@ -15,8 +15,8 @@ from jaxserve.config import EngineConfig
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import Request
 from jaxserve.server.app import Application, make_app
-from jaxserve.server.config import ServerConfig
 from jaxserve.server.serve import open_socket, serve
+from jaxserve.server_config import ServerConfig
 from tests.frontend.fake_engine import FakeEngine
 
 MODEL = "demo"

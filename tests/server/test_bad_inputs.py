@@ -13,8 +13,7 @@ import pytest
 
 from jaxserve.checkpoint import Checkpoint
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.server.config import ServerConfig
-from jaxserve.server.limits import RequestLimits
+from jaxserve.server_config import RequestLimits, ServerConfig
 from tests.frontend.fake_engine import FakeEngine
 from tests.server.running import RunningServer, scripted
 
@@ -32,7 +31,7 @@ def server(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[RunningServ
         tokenizer,
         "word ",
         ends=False,
-        delay_s=0.005,
+        delay_s=0.02,
         max_model_len=100_000,
         server=ServerConfig(port=0, limits=LIMITS),
     )

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from jaxserve.request import Request
-from jaxserve.server.config import ServerConfig
+from jaxserve.server_config import ServerConfig
 from tests.frontend.fake_engine import FakeEngine
 from tests.server.conftest import Start
 from tests.server.running import RunningServer
