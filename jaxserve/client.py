@@ -20,6 +20,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, EngineDeadError, RequestError, UnsupportedError
 from jaxserve.frontend.chat import RESERVED_KWARGS
 from jaxserve.frontend.matchers import MatcherFactory
+from jaxserve.frontend.observers import Observers, notify
 from jaxserve.frontend.processor import Processor, grammar_vocabulary
 from jaxserve.frontend.prompts import ParsedPrompt, Prompt
 from jaxserve.frontend.request_state import RequestState
@@ -60,6 +61,7 @@ class Client:
 
     Attributes:
         recent_stats: Of the engine's latest steps, oldest first.
+        observers: Told what happens to requests.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Client:
             config, checkpoint, tokenizer, engine.vocab_size, engine.max_model_len
         )
         self.recent_stats: deque[StepStats] = deque(maxlen=MAX_STATS)
+        self.observers = Observers()
         self._numbers = itertools.count()
         self._states: dict[str, RequestState] = {}  # by the engine's id
         self._lock = threading.Lock()
@@ -108,41 +111,27 @@ class Client:
             RequestError: It is refused; every other request goes on.
             EngineDeadError: The engine has stopped.
         """
-        self.check_health()
-        if lora_request is not None:
-            raise UnsupportedError("lora_request is not supported; leave it out")
-        if not isinstance(sampling, SamplingParams):
-            raise RequestError(
-                f"sampling_params is a {type(sampling).__name__}; use SamplingParams",
-                param="sampling_params",
-            )
-        number = next(self._numbers)
-        shown_id = str(number) if request_id is None else request_id
-        parsed = prompt
-        if not isinstance(parsed, ParsedPrompt):
-            parsed = self.processor.parse(parsed)
-        # The number makes the engine's id unique, so that users may repeat theirs.
-        request = self.processor.process(
-            f"{shown_id}-{number}", parsed, sampling, priority=priority
-        )
-        state = RequestState(
-            request,
-            request_id=shown_id,
-            prompt=parsed.text,
-            tokenizer=self.tokenizer,
-            output_kind=output_kind,
-            stream_interval=stream_interval,
-        )
-        with self._lock:  # known before the engine can answer
-            self._states[request.request_id] = state
         try:
-            self.engine.submit(request)
-        except BaseException:
-            self._forget(state)
+            state = self._admit(
+                prompt,
+                sampling,
+                request_id=request_id,
+                priority=priority,
+                lora_request=lora_request,
+                output_kind=output_kind,
+                stream_interval=stream_interval,
+            )
+        except Exception as error:
+            notify(self.observers.refused, error, None)
             raise
-        if self._dead is not None:  # it died between the check and the submission
-            self._forget(state)
-            self.check_health()
+        notify(self.observers.submitted, state)  # before the engine can answer
+        try:
+            self.engine.submit(state.request)
+            self.check_health()  # it may have died between the check and the submission
+        except BaseException as error:
+            if self._forget(state):
+                notify(self.observers.refused, error, state)
+            raise
         return state
 
     def handle(self, message: EngineOutput) -> list[RequestState]:
@@ -150,14 +139,20 @@ class Client:
         if message.stats is not None:
             self.recent_stats.append(message.stats)
         changed: dict[str, RequestState] = {}
+        events: list[tuple[RequestState, TokenDelta]] = []
+        finished: list[RequestState] = []
         for delta in message.deltas:
             state = self._states.get(delta.request_id)
             if state is None:
                 continue  # aborted here, while this was on its way
             self._add(state, delta)
+            events.append((state, delta))
             changed[delta.request_id] = state
-            if state.finished:
-                self._forget(state)
+            if state.finished and self._forget(state):
+                finished.append(state)
+        notify(self.observers.step, message.stats, events)
+        if finished:
+            notify(self.observers.finished, finished)
         if message.error is not None:
             for state in self._die(message.error):
                 changed[state.request.request_id] = state
@@ -241,6 +236,7 @@ class Client:
         if self._forget(state):
             state.end("abort")
             self.engine.abort(Abort(request_id=state.request.request_id))
+            notify(self.observers.finished, [state])
 
     @property
     def num_unfinished(self) -> int:
@@ -278,6 +274,47 @@ class Client:
             # Wakes a reader, should the engine not have done so.
             self.engine.outbox.put(EngineOutput(deltas=(), error="it was shut down"))
 
+    def _admit(
+        self,
+        prompt: Prompt | ParsedPrompt,
+        sampling: SamplingParams,
+        *,
+        request_id: str | None,
+        priority: int,
+        lora_request: object | None,
+        output_kind: RequestOutputKind | None,
+        stream_interval: int,
+    ) -> RequestState:
+        """Check a request and enter it among those that run."""
+        self.check_health()
+        if lora_request is not None:
+            raise UnsupportedError("lora_request is not supported; leave it out")
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError(
+                f"sampling_params is a {type(sampling).__name__}; use SamplingParams",
+                param="sampling_params",
+            )
+        number = next(self._numbers)
+        shown_id = str(number) if request_id is None else request_id
+        parsed = prompt
+        if not isinstance(parsed, ParsedPrompt):
+            parsed = self.processor.parse(parsed)
+        # The number makes the engine's id unique, so that users may repeat theirs.
+        request = self.processor.process(
+            f"{shown_id}-{number}", parsed, sampling, priority=priority
+        )
+        state = RequestState(
+            request,
+            request_id=shown_id,
+            prompt=parsed.text,
+            tokenizer=self.tokenizer,
+            output_kind=output_kind,
+            stream_interval=stream_interval,
+        )
+        with self._lock:
+            self._states[request.request_id] = state
+        return state
+
     def _add(self, state: RequestState, delta: TokenDelta) -> None:
         """Give a request its tokens. What fails in here ends this request and no other."""
         try:
@@ -302,6 +339,8 @@ class Client:
                 self._dead = f"the engine has stopped: {why}. Start a new one"
         for state in states:
             state.fail(EngineDeadError(self._dead))
+        if states:
+            notify(self.observers.finished, states)
         return states
 
 

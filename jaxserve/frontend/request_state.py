@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxserve.frontend.detokenizer import Detokenizer, priming_tokens
 from jaxserve.frontend.logprobs import to_logprobs, to_prompt_logprobs
@@ -24,6 +25,14 @@ class _Choice:
     stop_reason: int | str | None = None
     num_taken: int = 0  # tokens
     told_finished: bool = False
+
+
+class ChoiceSummary(NamedTuple):
+    """One output of n, for logs and metrics."""
+
+    text: str  # empty without a tokenizer
+    num_tokens: int
+    finish_reason: str | None  # None while it runs
 
 
 class RequestState:
@@ -153,6 +162,30 @@ class RequestState:
                 _first(old.first_token_s, new.first_token_s),
                 max(old.last_token_s, new.last_token_s),
             )
+
+    # For logs and metrics, from any thread
+
+    @property
+    def prompt(self) -> str | None:
+        """Its text; None: it came as token ids."""
+        return self._prompt
+
+    @property
+    def times(self) -> RequestTimes | None:
+        """Of several choices: when the first began and the last ended. None: no tokens yet."""
+        return self._times
+
+    def summaries(self) -> list[ChoiceSummary]:
+        """What each choice has come to, without taking it from the consumer."""
+        with self._lock:
+            return [
+                ChoiceSummary(
+                    "" if choice.detokenizer is None else choice.detokenizer.visible(True),
+                    len(choice.token_ids),
+                    choice.finish_reason or (None if self.error is None else "error"),
+                )
+                for choice in self._choices
+            ]
 
     # The consumer's side
 
