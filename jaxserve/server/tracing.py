@@ -11,6 +11,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.frontend.observers import Observers
 from jaxserve.frontend.request_state import RequestState
 from jaxserve.request import RequestTimes
+from jaxserve.server.logs import escape
 from jaxserve.server.request_log import current
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Tracing:
         request, sampling, choices = state.request, state.request.sampling, state.summaries()
         return {
             "gen_ai.response.model": self._model_name,
-            "gen_ai.request.id": state.request_id,
+            "gen_ai.request.id": escape(state.request_id),  # half characters would lose the batch
             "gen_ai.request.n": sampling.n,
             "gen_ai.request.max_tokens": request.max_tokens,
             "gen_ai.request.temperature": sampling.temperature,
