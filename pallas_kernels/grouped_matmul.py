@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import quantized_matmul_tpu
+from pallas_kernels import quantized_matmul_gpu, quantized_matmul_tpu
 from pallas_kernels.backend import AUTO_ORDER, BACKENDS, Backend, BackendRefused
 from pallas_kernels.chips import Chip
+from pallas_kernels.grouped_matmul_gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul_reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul_tpu import grouped_matmul_tpu
 from pallas_kernels.grouped_matmul_xla import grouped_matmul_xla
@@ -42,6 +43,8 @@ def grouped_matmul(
         raise BackendRefused(f"grouped matmul backend {backend.name!r} refused: {reason}")
     if backend.name == "reference":
         return grouped_matmul_reference(x, weights, group_sizes)
+    if backend.name == "gpu":
+        return grouped_matmul_gpu(x, weights, group_sizes, backend=backend)
     if backend.name == "tpu":
         return grouped_matmul_tpu(x, weights, group_sizes, backend=backend)
     return grouped_matmul_xla(x, weights, group_sizes)
@@ -59,7 +62,7 @@ def why_not(name: str, weights: Array | QuantizedArray, *, chip: Chip) -> str | 
             return f"it needs a {name.upper()}, this is {chip}"
         if name == "tpu":
             return quantized_matmul_tpu.why_not(weights, chip=chip)
-        return "no kernel in this version"
+        return quantized_matmul_gpu.why_not(weights, chip=chip)
     return None
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from jax import Array
 
-from pallas_kernels import quantized_matmul_tpu
+from pallas_kernels import quantized_matmul_gpu, quantized_matmul_tpu
 from pallas_kernels.backend import AUTO_ORDER, BACKENDS, Backend, BackendRefused
 from pallas_kernels.chips import Chip
 from pallas_kernels.quantized import QuantizedArray
@@ -42,6 +42,10 @@ def quantized_matmul(
         raise BackendRefused(f"quantized matmul backend {backend.name!r} refused: {reason}")
     if backend.name == "reference":
         return quantized_matmul_reference(x, weight, dynamic_activations=dynamic)
+    if backend.name == "gpu":
+        return quantized_matmul_gpu.quantized_matmul_gpu(
+            x, weight, backend=backend, dynamic_activations=dynamic
+        )
     if backend.name == "tpu":
         return quantized_matmul_tpu.quantized_matmul_tpu(
             x, weight, backend=backend, dynamic_activations=dynamic
@@ -64,7 +68,7 @@ def why_not(
             return f"it needs a {name.upper()}, this is {chip}"
         if name == "tpu":
             return quantized_matmul_tpu.why_not(weight, chip=chip)
-        return "no kernel in this version"
+        return quantized_matmul_gpu.why_not(weight, chip=chip)
     return None
 
 

@@ -13,7 +13,6 @@ so that the interpreter runs what the GPU runs. Scales of blocks of inputs multi
 their step. The same kernel serves `grouped_matmul`, with bfloat16 weights, too.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
