@@ -136,13 +136,15 @@ def matmul(
     num_rows = num_tokens * shape.top_k
     x = jax.ShapeDtypeStruct((num_rows, shape.in_dim), jnp.bfloat16)
     if shape.num_experts is None:
-        reason = quantized_matmul.why_not(name, weight, chip=target.chip, activations=activations)
+        reason = quantized_matmul.why_not(
+            name, weight, chip=target.chip, x=x, activations=activations
+        )
         call = functools.partial(
             quantized_matmul.quantized_matmul, backend=chosen, activations=activations
         )
         args = (x, weight)
     else:
-        reason = grouped_matmul.why_not(name, weight, chip=target.chip)
+        reason = grouped_matmul.why_not(name, weight, chip=target.chip, x=x)
         call = functools.partial(grouped_matmul.grouped_matmul, backend=chosen)
         args = (x, weight, jax.ShapeDtypeStruct(experts, jnp.int32))
     if reason is not None:

@@ -1,7 +1,7 @@
 """Tokens by their experts (MoE): shapes are checked here, the chosen backend computes."""
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, ShapeDtypeStruct
 
 from pallas_kernels import quantized_matmul_gpu, quantized_matmul_tpu
 from pallas_kernels.backend import AUTO_ORDER, BACKENDS, Backend, BackendRefused
@@ -38,7 +38,7 @@ def grouped_matmul(
             f"group_sizes {group_sizes.dtype}{group_sizes.shape} of {weights.shape[0]} experts: "
             f"expected int32 [{weights.shape[0]}]"
         )
-    reason = why_not(backend.name, weights, chip=backend.chip)
+    reason = why_not(backend.name, weights, chip=backend.chip, x=x)
     if reason is not None:
         raise BackendRefused(f"grouped matmul backend {backend.name!r} refused: {reason}")
     if backend.name == "reference":
@@ -50,10 +50,17 @@ def grouped_matmul(
     return grouped_matmul_xla(x, weights, group_sizes)
 
 
-def why_not(name: str, weights: Array | QuantizedArray, *, chip: Chip) -> str | None:
+def why_not(
+    name: str,
+    weights: Array | QuantizedArray,
+    *,
+    chip: Chip,
+    x: Array | ShapeDtypeStruct | None = None,
+) -> str | None:
     """Why the backend cannot multiply by such experts on this chip, or None if it can.
 
-    Looks at shapes and dtypes only. Raises BackendRefused for a name that is no backend's.
+    Looks at shapes and dtypes only; without `x` it is taken to be bfloat16.
+    Raises BackendRefused for a name that is no backend's.
     """
     if name not in BACKENDS:
         raise BackendRefused(f"no matmul backend {name!r}: choose one of {BACKENDS}")
@@ -62,12 +69,16 @@ def why_not(name: str, weights: Array | QuantizedArray, *, chip: Chip) -> str | 
             return f"it needs a {name.upper()}, this is {chip}"
         if name == "tpu":
             return quantized_matmul_tpu.why_not(weights, chip=chip)
-        return quantized_matmul_gpu.why_not(weights, chip=chip)
+        return quantized_matmul_gpu.why_not(weights, chip=chip, x=x)
     return None
 
 
 def choose_grouped_backend(
-    requested: str, weights: Array | QuantizedArray, *, chip: Chip
+    requested: str,
+    weights: Array | QuantizedArray,
+    *,
+    chip: Chip,
+    x: Array | ShapeDtypeStruct | None = None,
 ) -> tuple[Backend, dict[str, str]]:
     """The backend to use for such experts, and why each one passed over refused.
 
@@ -75,7 +86,7 @@ def choose_grouped_backend(
     """
     reasons: dict[str, str] = {}
     for name in AUTO_ORDER if requested == "auto" else (requested,):
-        reason = why_not(name, weights, chip=chip)
+        reason = why_not(name, weights, chip=chip, x=x)
         if reason is None:
             return Backend(name=name, chip=chip), reasons  # pyright: ignore[reportArgumentType]
         reasons[name] = reason

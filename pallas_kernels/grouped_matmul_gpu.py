@@ -22,18 +22,12 @@ from pallas_kernels.quantized_matmul_gpu import (
 def grouped_matmul_gpu(
     x: Array, weights: Array | QuantizedArray, group_sizes: Array, *, backend: Backend
 ) -> Array:
-    """x [T, D] sorted by expert, by its expert of weights [E, D, F] -> [T, F] in x's type.
-
-    x of float32 (with quantized experts) is multiplied as bfloat16.
-    """
-    T, E, F = x.shape[0], weights.shape[0], weights.shape[-1]
+    """x [T, D] sorted by expert, by its expert of weights [E, D, F] -> [T, F] in x's type."""
+    T, F = x.shape[0], weights.shape[-1]
     if T == 0:
         return jnp.zeros((0, F), x.dtype)
-    operand = jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype
-    tile = make_tile(weights, num_rows=max(T // E, 1), max_visits=min(E, T))
-    visits, visit_of_row, place = plan_row_visits(
-        x.astype(operand), group_sizes, columns=tile.columns
-    )
+    tile = make_tile(weights, num_rows=T)
+    visits, visit_of_row, place = plan_row_visits(x, group_sizes, columns=tile.columns)
     sums = visit_products(visits, weights, tile, backend=backend)  # [V, columns, F]
     rows = sums[visit_of_row, place]  # [T, F]
     if isinstance(weights, QuantizedArray) and scales_follow(weights):

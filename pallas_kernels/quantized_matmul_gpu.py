@@ -25,22 +25,23 @@ from jax import Array, lax
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.chips import Chip
-from pallas_kernels.quantized import QuantizedArray
-from pallas_kernels.quantized_matmul_xla import quantized_matmul_xla
+from pallas_kernels.quantized import QuantizedArray, spread_columns
 
-_MAX_COLUMNS = 64  # rows of x a visit: two accumulators of 128 x 64 are half of the registers
-_MAX_KERNEL_ROWS = 256  # of a dense product: beyond, cuBLAS on a converted copy
-_BLOCKS_WANTED = 264  # two a multiprocessor of an H100
-_STAGE_BYTES = 72 << 10  # of weights in flight a thread block
+_MAX_COLUMNS = 64  # rows of x a visit: an accumulator of 128 x 64 is 64 registers a thread
+_MAX_DENSE_ROWS = 256  # beyond, each weight is read and converted for more than four visits
+_WIDE_COLUMNS = 32  # from here on two warpgroups compute on the same rows of x
+_NUM_MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
     """How a thread block works. Static."""
 
-    channels: int  # of the output: wgmma's rows
+    warpgroups: int  # that compute, on the same rows of x
+    channels: int  # of the output a warpgroup: wgmma's rows
     columns: int  # rows of x: wgmma's columns
     inputs: int  # a step
+    product: int  # inputs that are multiplied at once: a step, or the part of one of a scale
     num_stages: int
     num_splits: int  # shares of the inputs, added afterwards
 
@@ -53,20 +54,39 @@ class RowVisits(NamedTuple):
     x: Array  # [V, columns, D]: copied, as TMA reads tiles of 8 rows and groups start anywhere
 
 
-def why_not(weight: Array | QuantizedArray, *, chip: Chip) -> str | None:
-    """Why this kernel cannot multiply by such a weight [..., D, F], or None if it can."""
+def why_not(
+    weight: Array | QuantizedArray,
+    *,
+    chip: Chip,
+    x: Array | jax.ShapeDtypeStruct | None = None,
+    dynamic_activations: bool = False,
+) -> str | None:
+    """Why this kernel cannot multiply by such a weight [..., D, F], or None if it can.
+
+    `x` may be left out: then it stands for a few rows of 16 bits.
+    """
     if chip.sm != 90:
         return f"it is for compute capability 9.0 (wgmma), this is {chip}"
     D, F = weight.shape[-2:]
     if D % 128 or F % 64:
         return f"{D} inputs are not a multiple of 128, or {F} outputs of 64"
+    if dynamic_activations:
+        return "dynamic activations: XLA multiplies 8 bits by 8 bits, this kernel 16 by 16"
+    if x is not None and x.dtype.name not in ("bfloat16", "float16"):
+        return f"x of {x.dtype}: it takes bfloat16 and float16"
+    if x is not None and len(weight.shape) == 2 and x.shape[0] > _MAX_DENSE_ROWS:
+        return (
+            f"{x.shape[0]} rows: beyond {_MAX_DENSE_ROWS} cuBLAS makes up for XLA's converted copy "
+            "of the weight"
+        )
     if not isinstance(weight, QuantizedArray):
         if weight.dtype.name not in ("bfloat16", "float16"):
             return f"weights of {weight.dtype}: it takes bfloat16 and float16"
         return None
     rows, columns = weight.block_rows, weight.block[1]
-    if D % rows or rows % 32 or (weight.format == "int4" and rows % 64):
-        return f"blocks of {rows} inputs do not divide {D}, or are too small to multiply alone"
+    if D % rows or rows % _least_product(weight):
+        least = _least_product(weight)
+        return f"blocks of {rows} inputs do not divide {D}, or are no multiple of {least}"
     if columns > 1 and columns % 64:
         return f"blocks of {columns} outputs are no multiple of 64"
     if weight.zeros is not None and len(weight.shape) == 3:
@@ -74,19 +94,18 @@ def why_not(weight: Array | QuantizedArray, *, chip: Chip) -> str | None:
     return None
 
 
-def quantized_matmul_gpu(
-    x: Array, weight: QuantizedArray, *, backend: Backend, dynamic_activations: bool = False
-) -> Array:
-    """x [T, D] @ weight [D, F] -> [T, F] in x's type.
+def _least_product(weight: QuantizedArray) -> int:
+    """Inputs of the smallest block: 32 rows as stored, two of wgmma's steps."""
+    return 64 if weight.format == "int4" else 32
 
-    More than 256 rows, rows of float32, and dynamic activations are left to XLA: cuBLAS, which
-    multiplies 8 bits by 8 bits, and pays for a converted copy of the weight less the more rows.
-    """
+
+def quantized_matmul_gpu(x: Array, weight: QuantizedArray, *, backend: Backend) -> Array:
+    """x [T, D] @ weight [D, F] -> [T, F] in x's type. See `why_not` for what it takes."""
     T = x.shape[0]
-    if T == 0 or T > _MAX_KERNEL_ROWS or dynamic_activations or x.dtype == jnp.float32:
-        return quantized_matmul_xla(x, weight, dynamic_activations=dynamic_activations)
+    if T == 0:
+        return jnp.zeros((0, weight.out_dim), x.dtype)
     experts = jax.tree.map(lambda part: part[None], weight)
-    tile = make_tile(experts, num_rows=T, max_visits=-(-T // _MAX_COLUMNS))
+    tile = make_tile(experts, num_rows=T)
     num_visits = -(-T // tile.columns)
     x_padded = jnp.pad(x, ((0, num_visits * tile.columns - T), (0, 0)))
     visits = RowVisits(
@@ -101,7 +120,7 @@ def quantized_matmul_gpu(
     if weight.zeros is not None:
         blocks = x.astype(jnp.float32).reshape(T, -1, weight.block_rows).sum(-1)
         zeros = weight.zeros.astype(jnp.float32) * weight.scales.astype(jnp.float32)
-        zeros = jnp.repeat(zeros, weight.block[1], axis=-1)[:, : weight.out_dim]
+        zeros = spread_columns(zeros, weight.block[1], weight.out_dim)
         out = out - jnp.matmul(blocks, zeros, precision=lax.Precision.HIGHEST)
     return out.astype(x.dtype)
 
@@ -111,29 +130,46 @@ def scales_follow(weight: Array | QuantizedArray) -> bool:
     return isinstance(weight, QuantizedArray) and weight.scales.shape[-2] == weight.block[1] == 1
 
 
-def make_tile(weights: Array | QuantizedArray, *, num_rows: int, max_visits: int) -> Tile:
-    """The tile for experts [E, D, F] of which each has about `num_rows` rows of x."""
-    D, F = weights.shape[-2:]
+def make_tile(weights: Array | QuantizedArray, *, num_rows: int) -> Tile:
+    """The tile for experts [E, D, F] that share `num_rows` rows of x.
+
+    A multiprocessor has two computing warpgroups, so that one waits while the other computes: in
+    thread blocks of their own where rows of x are few, in one, to read x once, where they are many.
+    """
+    E, D, F = weights.shape
+    quantized = isinstance(weights, QuantizedArray)
+    int4 = quantized and weights.format == "int4"
     channels = 128 if F % 128 == 0 else 64
-    inputs, bytes_a_weight = 128, 1.0
-    if isinstance(weights, QuantizedArray):
-        if not scales_follow(weights):
-            inputs = math.gcd(inputs, weights.block_rows)
-            if weights.block[1] > 1:
-                channels = math.gcd(channels, weights.block[1])
-        bytes_a_weight = 0.5 if weights.format == "int4" else 1.0
-    else:
-        inputs, bytes_a_weight = 64, 2.0
-    columns = min(max(1 << (max(num_rows, 1) - 1).bit_length(), 8), _MAX_COLUMNS)
+    inputs = product = 128 if quantized else 64
+    if quantized and not scales_follow(weights):
+        product = math.gcd(inputs, weights.block_rows)
+        inputs = max(product, 128 if int4 else 64)  # 64 rows as stored, those of a warpgroup
+        if weights.block[1] > 1:
+            channels = math.gcd(channels, weights.block[1])
+    used = min(E, num_rows)  # experts, at most
+    rows = -(-num_rows // used)
+    # Sums of small blocks of inputs take registers besides those of all.
+    most = _MAX_COLUMNS if product == inputs else _MAX_COLUMNS // 2
+    columns = min(max(1 << (rows - 1).bit_length(), 8), most)
+    warpgroups = 2 if columns >= _WIDE_COLUMNS and F % (2 * channels) == 0 else 1
     steps = D // inputs
-    blocks = F // channels * max_visits
-    splits = max(1, min(_BLOCKS_WANTED // blocks, steps // 8))
+    blocks = F // (channels * warpgroups) * used * -(-rows // columns)
+    splits = max(1, min(_NUM_MULTIPROCESSORS * 2 // warpgroups // blocks, steps // 8))
     while steps % splits:
         splits -= 1
-    stage = int(inputs * channels * bytes_a_weight) + columns * inputs * 2
-    stages = max(2, min(_STAGE_BYTES // stage, 8, steps // splits))
+    weight_bytes = (inputs // 2 if int4 else inputs) * channels * warpgroups
+    if not quantized:
+        weight_bytes *= 2
+    stage = weight_bytes + columns * inputs * 2
+    stages = max(2, min(warpgroups * (72 << 10) // stage, 8, steps // splits))
     return Tile(
-        channels=channels, columns=columns, inputs=inputs, num_stages=stages, num_splits=splits
+        warpgroups=warpgroups,
+        channels=channels,
+        columns=columns,
+        inputs=inputs,
+        product=product,
+        num_stages=stages,
+        num_splits=splits,
     )
 
 
@@ -162,8 +198,9 @@ def visit_products(
         row_exponents = jnp.frexp(largest)[1] - 8  # [V, columns, 1]
         x = jnp.ldexp(x.astype(jnp.float32), -row_exponents).astype(jnp.float16)
     halves = 2 if int4 else 1
-    width = tile.inputs // halves  # rows of stored values a step
+    width, part_width = tile.inputs // halves, tile.product // halves  # rows of values as stored
     num_steps = D // tile.inputs // tile.num_splits
+    strips = F // (tile.channels * tile.warpgroups)
     block_scales = None
     scale_columns = 0
     if quantized and not scales_follow(weights):
@@ -171,7 +208,7 @@ def visit_products(
         scale_columns = weights.block[1]
         if scale_columns == 1:
             block_scales = block_scales.reshape(E, -1, F // tile.channels, tile.channels)
-    steps_a_block = 1 if block_scales is None else weights.block_rows // tile.inputs
+    block_rows = weights.block_rows if quantized else D
     operand, stored = x.dtype, values.dtype
     converts = stored != operand
     num_stages = tile.num_stages
@@ -184,18 +221,17 @@ def visit_products(
         *rest: Any,
     ) -> None:
         *scales_refs, out_ref, x_smem, w_smem, converted, full, free = rest
-        channel, visit, split = (lax.axis_index(name) for name in ("channel", "visit", "split"))
+        strip, visit, split = (lax.axis_index(name) for name in ("strip", "visit", "split"))
+        warpgroup = lax.axis_index("warpgroup")
         in_use = visit < num_ref[0]
         expert = experts_ref[visit]
         first_step = split * num_steps
 
-        # A stage is *full* when its copies have arrived, *free* when the computing warpgroup is
+        # A stage is *full* when its copies have arrived, *free* when the computing warpgroups are
         # done with it. Loading waits for `free` before every use of a stage but the first, and
         # once more for each at the end, so that no barrier is left half way.
-        @pl.when(in_use & (lax.axis_index("warpgroup") == 1))
+        @pl.when(in_use & (warpgroup == tile.warpgroups))
         def _load() -> None:
-            first_channel = pl.multiple_of(channel * tile.channels, tile.channels)
-
             @pl.loop(0, num_steps)
             def _(step: Any) -> None:
                 stage = lax.rem(step, jnp.int32(num_stages))
@@ -205,11 +241,14 @@ def visit_products(
                     plgpu.barrier_wait(free.at[stage])
 
                 row = pl.multiple_of((first_step + step) * width, width)
-                plgpu.copy_gmem_to_smem(
-                    w_ref.at[expert, pl.ds(row, width), pl.ds(first_channel, tile.channels)],
-                    w_smem.at[stage],
-                    full.at[stage],
-                )
+                for part in range(tile.warpgroups):
+                    first = (strip * tile.warpgroups + part) * tile.channels
+                    first = pl.multiple_of(first, tile.channels)
+                    plgpu.copy_gmem_to_smem(
+                        w_ref.at[expert, pl.ds(row, width), pl.ds(first, tile.channels)],
+                        w_smem.at[stage, part],
+                        full.at[stage],
+                    )
                 for half in range(halves):
                     column = pl.multiple_of(half * (D // halves) + row, width)
                     plgpu.copy_gmem_to_smem(
@@ -222,74 +261,118 @@ def visit_products(
             def _(step: Any) -> None:
                 plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(num_stages))])
 
-        @pl.when(in_use & (lax.axis_index("warpgroup") == 0))
+        @pl.when(in_use & (warpgroup < tile.warpgroups))
         def _compute() -> None:
-            def multiply(step: Any, total: Any) -> Any:
+            channel = strip * tile.warpgroups + warpgroup
+
+            def operands(step: Any) -> list[list[tuple[Any, Any]]]:
+                """Of each product of a step, what a wgmma takes: (weights, x), when both are there.
+
+                The stage has to be full.
+                """
                 stage = lax.rem(step, jnp.int32(num_stages))
-                scale = None
-                if block_scales is not None:  # read before the wait, which hides it
-                    block = lax.div(first_step + step, jnp.int32(steps_a_block))
-                    if scale_columns == 1:
-                        scale = plgpu.load(
-                            scales_refs[0].at[expert, block, channel],
-                            layout=plgpu.Layout.WGMMA.reduce(1),
-                            optimized=False,
-                        )
-                        scale = lax.broadcast_in_dim(scale, total.shape, [0])
-                    else:
-                        place = lax.div(channel * tile.channels, jnp.int32(scale_columns))
-                        scale = scales_refs[0][expert, block, place]
                 plgpu.barrier_wait(full.at[stage])
+                w = w_smem.at[stage, warpgroup]
                 if converts:
-                    _convert(w_smem.at[stage], converted, operand, int4=int4)
-                part = None
-                for half in range(halves):
-                    w = converted.at[half] if converts else w_smem.at[stage]
-                    product = _multiply(
-                        w.transpose((1, 0)), x_smem.at[stage, half].transpose((1, 0))
+                    _convert(w, converted.at[warpgroup], operand, int4=int4)
+                found = []
+                for first in range(0, width, part_width):
+                    rows = pl.ds(first, part_width)
+                    ws = [converted.at[warpgroup, h] for h in range(halves)] if converts else [w]
+                    xs = [x_smem.at[stage, half] for half in range(halves)]
+                    if part_width < width:
+                        ws, xs = [w.at[rows] for w in ws], [x.at[:, rows] for x in xs]
+                    found.append(
+                        [
+                            (w.transpose((1, 0)), x.transpose((1, 0)))
+                            for w, x in zip(ws, xs, strict=True)
+                        ]
                     )
-                    part = product if part is None else part + product
-                plgpu.barrier_arrive(free.at[stage])
-                if scale is not None:
-                    part = part * scale
-                return total + part
+                return found
 
-            zeros = jnp.zeros((tile.channels, tile.columns), jnp.float32)
-            zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-            out_ref[split, visit, channel] = lax.fori_loop(0, num_steps, multiply, zeros)
+            def done(step: Any) -> None:
+                plgpu.barrier_arrive(free.at[lax.rem(step, jnp.int32(num_stages))])
 
-    def smem(dims: tuple[int, ...], dtype: Any) -> Any:
-        itemsize = jnp.dtype(dtype).itemsize
-        swizzle = next(size for size in (128, 64, 32) if dims[-1] * itemsize % size == 0)
-        tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
-        swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
-        return plgpu.SMEM(dims, dtype, transforms=(tiling, swizzling))
+            def scale_of(step: Any, part: int) -> Any:
+                """The scale of a product's sums, or one a channel."""
+                first = (first_step + step) * tile.inputs + part * tile.product
+                block = lax.div(first, jnp.int32(block_rows))
+                if scale_columns > 1:
+                    place = lax.div(channel * tile.channels, jnp.int32(scale_columns))
+                    return scales_refs[0][expert, block, place]
+                scale = plgpu.load(
+                    scales_refs[0].at[expert, block, channel],
+                    layout=plgpu.Layout.WGMMA.reduce(1),
+                    optimized=False,
+                )
+                return lax.broadcast_in_dim(scale, (tile.channels, tile.columns), [0])
 
-    interpret = {"interpret": plgpu.InterpretGPUParams()} if backend.interpret else {}
+            def multiply_scaled(step: Any, total: Any) -> Any:
+                # Scales are read before the wait, which hides it.
+                scales = [scale_of(step, part) for part in range(width // part_width)]
+                for scale, pairs in zip(scales, operands(step), strict=True):
+                    total = total + _multiply(pairs) * scale
+                done(step)
+                return total
+
+            def multiply_all(acc: Any) -> Any:
+                @pl.loop(0, num_steps)
+                def _(step: Any) -> None:
+                    for pairs in operands(step):
+                        _accumulate(acc, pairs)
+                    done(step)
+
+                return acc[...]
+
+            shape = (tile.channels, tile.columns)
+            if block_scales is None:
+                total = pl.run_scoped(multiply_all, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+            else:
+                zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+                total = lax.fori_loop(0, num_steps, multiply_scaled, zeros)
+            out_ref[split, visit, channel] = total
+
     run = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(
             (tile.num_splits, V, F // tile.channels, tile.channels, tile.columns), jnp.float32
         ),
-        grid=(F // tile.channels, V, tile.num_splits),
-        grid_names=("channel", "visit", "split"),
-        num_threads=2,
+        grid=(strips, V, tile.num_splits),
+        grid_names=("strip", "visit", "split"),
+        num_threads=tile.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=[
-            smem((num_stages, halves, tile.columns, width), operand),
-            smem((num_stages, width, tile.channels), stored),
-            smem((halves, width, tile.channels), operand) if converts else (),
-            plgpu.Barrier(num_arrivals=1 + halves, num_barriers=num_stages),
-            plgpu.Barrier(num_barriers=num_stages),
+            _smem((num_stages, halves, tile.columns, width), operand, part_width),
+            _smem((num_stages, tile.warpgroups, width, tile.channels), stored),
+            _smem((tile.warpgroups, halves, width, tile.channels), operand, part_width)
+            if converts
+            else (),
+            plgpu.Barrier(num_arrivals=tile.warpgroups + halves, num_barriers=num_stages),
+            plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=num_stages),
         ],
         kernel_name="visit_products",
-        **interpret,
+        **({"interpret": interpreter()} if backend.interpret else {}),
     )
     inputs = [x, values, visits.num_visits, visits.experts]
     sums = run(*inputs, *([] if block_scales is None else [block_scales]))
     sums = sums.sum(0) if tile.num_splits > 1 else sums[0]  # [V, F / channels, channels, columns]
     sums = sums.reshape(V, F, tile.columns).swapaxes(1, 2)
     return sums if row_exponents is None else jnp.ldexp(sums, row_exponents)
+
+
+def interpreter() -> Any:
+    """What interprets the kernel where a backend says so."""
+    return plgpu.InterpretGPUParams()
+
+
+def _smem(dims: tuple[int, ...], dtype: Any, part: int | None = None) -> Any:
+    """Shared memory as wgmma and TMA swizzle it, so that `part` of the last axis can be sliced."""
+    itemsize = jnp.dtype(dtype).itemsize
+    size = (part or dims[-1]) * itemsize
+    swizzle = next(each for each in (128, 64, 32) if size % each == 0)
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
+    swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(dims, dtype, transforms=(tiling, swizzling))
 
 
 def _convert(stage: Any, target: Any, dtype: Any, *, int4: bool) -> None:
@@ -303,11 +386,19 @@ def _convert(stage: Any, target: Any, dtype: Any, *, int4: bool) -> None:
     plgpu.commit_smem()
 
 
-def _multiply(a: Any, b: Any) -> Any:
-    """a [M, K] @ b [K, N] of shared memory in float32, by wgmmas that are waited for."""
+def _multiply(pairs: list[tuple[Any, Any]]) -> Any:
+    """The sum of each a [M, K] @ b [K, N] of shared memory, in float32."""
 
     def issue(acc: Any) -> Any:
-        plgpu.wgmma(acc, a, b)
+        _accumulate(acc, pairs)
         return acc[...]
 
-    return pl.run_scoped(issue, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
+    shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
+    return pl.run_scoped(issue, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+def _accumulate(acc: Any, pairs: list[tuple[Any, Any]]) -> None:
+    """Adds each a @ b to an accumulator, by wgmmas that are waited for."""
+    for a, b in pairs:
+        plgpu.wgmma(acc, a, b)
+    plgpu.wgmma_wait(0)
