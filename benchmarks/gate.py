@@ -103,8 +103,9 @@ def gates() -> list[Gate]:
         *_attention("gpt-oss-20b/window", "v5e h100", label=" mixed", **_MIXED),
         *_attention("deepseek-v3/tp8", "v6e h100", label=" decode", **_DECODE),
         *_step("v5e h100"),
+        *_matmul("llama-8b/gate-up", "h100", num_tokens=16),
         *_matmul("llama-8b/gate-up", "v5e h100", num_tokens=64),
-        *_matmul("qwen3-30b-a3b/gate-up/int8", "v6e", num_tokens=64),
+        *_matmul("qwen3-30b-a3b/gate-up/int8", "v6e h100", num_tokens=64),
     ]
     families = (
         "qwen3-0.6b",
