@@ -1,16 +1,19 @@
 """Products of few rows by stored weights on NVIDIA Hopper (Pallas, Mosaic GPU).
 
-XLA:GPU with cuBLAS multiplies by a bfloat16 copy of an 8-bit weight, which it makes anew at each
-call: 5 bytes move for a weight of one (read off: 116 MiB of temporaries for 4096 x 14336 int8).
-Here weights go from HBM to shared memory as they are stored, become bfloat16 on their way through
+cuBLAS multiplies by a bfloat16 copy of an 8-bit weight, which XLA makes anew at each call: 5 bytes
+move for a weight of one (read off: 117 MiB of temporaries for 4096 x 14336 int8). XLA's Triton
+fusions convert on the way, but a program that scans over layers has to do without them (they copy
+each layer's matrices), and scales of blocks make a copy with them, too.
+Here weights go from HBM to shared memory as they are stored, become 16 bits on their way through
 registers, and are `wgmma`'s left operand, 128 output channels as its rows; tokens are its columns,
-so 8 tokens are not padded to 64. One warpgroup loads (TMA, in stages), one converts and multiplies.
+so 8 tokens are not padded to 64. One warpgroup loads (TMA, in stages), one converts and multiplies,
+or two do, where rows of x are so many that reading them again for other channels would count.
 
 A thread block takes some channels, a *visit* (an expert and up to `columns` of its rows of x) and a
 share of the inputs. Its sums go to a place of their own, and XLA adds shares, applies scales a
 channel and puts rows in order: nothing is as large as [E, T, F]. All operands lie in shared memory,
 so that the interpreter runs what the GPU runs. Scales of blocks of inputs multiply the sums of
-their step. The same kernel serves `grouped_matmul`, with bfloat16 weights, too.
+their block. The same kernel serves `grouped_matmul`, with bfloat16 weights, too.
 """
 
 import math
@@ -28,7 +31,7 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.quantized import QuantizedArray, spread_columns
 
 _MAX_COLUMNS = 64  # rows of x a visit: an accumulator of 128 x 64 is 64 registers a thread
-_MAX_DENSE_ROWS = 256  # beyond, each weight is read and converted for more than four visits
+_MAX_DENSE_ROWS = 256  # four visits; an estimate, for none of this was timed
 _WIDE_COLUMNS = 32  # from here on two warpgroups compute on the same rows of x
 _NUM_MULTIPROCESSORS = 132
 
@@ -76,8 +79,8 @@ def why_not(
         return f"x of {x.dtype}: it takes bfloat16 and float16"
     if x is not None and len(weight.shape) == 2 and x.shape[0] > _MAX_DENSE_ROWS:
         return (
-            f"{x.shape[0]} rows: beyond {_MAX_DENSE_ROWS} cuBLAS makes up for XLA's converted copy "
-            "of the weight"
+            f"{x.shape[0]} rows: it converts the weight for every {_MAX_COLUMNS} of them, which "
+            f"beyond {_MAX_DENSE_ROWS} is taken to cost more than a converted copy"
         )
     if not isinstance(weight, QuantizedArray):
         if weight.dtype.name not in ("bfloat16", "float16"):
