@@ -208,7 +208,8 @@ def test_another_experts_weights_are_seen() -> None:
 def test_every_row_is_found_where_its_visit_left_it(sizes: list[int], padding: int) -> None:
     T, columns = sum(sizes) + padding, 8
     x = jnp.arange(T, dtype=jnp.float32)[:, None]
-    visits, visit_of_row, place = plan_row_visits(x, jnp.array(sizes, jnp.int32), columns=columns)
+    plan = jax.jit(plan_row_visits, static_argnames="columns")
+    visits, visit_of_row, place = plan(x, jnp.array(sizes, jnp.int32), columns=columns)
     used = slice(0, sum(sizes))
     np.testing.assert_array_equal(visits.x[visit_of_row, place][used], x[used])
     owner = np.repeat(np.arange(len(sizes)), sizes)
