@@ -75,10 +75,12 @@ def _step(targets: str, *, num_tokens: int = 64, slow: bool = False) -> list[Gat
     ]
 
 
-def _matmul(case: str, targets: str, *, slow: bool = False, **arguments: Any) -> list[Gate]:
+def _matmul(
+    case: str, targets: str, *, slow: bool = False, label: str = "", **arguments: Any
+) -> list[Gate]:
     return [
         Gate(
-            name=f"{case} by {arguments['num_tokens']} {target}",
+            name=f"{case} by {arguments['num_tokens']}{label} {target}",
             job=Job.of(target, "benchmarks.programs:matmul", case=case, **arguments),
             slow=slow,
         )
@@ -103,8 +105,10 @@ def gates() -> list[Gate]:
         *_attention("gpt-oss-20b/window", "v5e h100", label=" mixed", **_MIXED),
         *_attention("deepseek-v3/tp8", "v6e h100", label=" decode", **_DECODE),
         *_step("v5e h100"),
+        *_matmul("llama-8b/gate-up", "h100", num_tokens=16),
+        *_matmul("llama-8b/gate-up", "h100", label=" in layers", num_tokens=16, num_layers=4),
         *_matmul("llama-8b/gate-up", "v5e h100", num_tokens=64),
-        *_matmul("qwen3-30b-a3b/gate-up/int8", "v6e", num_tokens=64),
+        *_matmul("qwen3-30b-a3b/gate-up/int8", "v6e h100", num_tokens=64),
     ]
     families = (
         "qwen3-0.6b",

@@ -111,13 +111,15 @@ def matmul(
     case: str,
     *,
     num_tokens: int = 64,
+    num_layers: int | None = None,
     activations: Any = "keep",
     backend: str | None = None,
     tiles: dict[str, dict[str, int]] | None = None,
 ) -> Program:
     """Activations by a quantized weight, or tokens by their experts: a case of `matmul_cases`.
 
-    Raises BackendRefused.
+    With `num_layers` a scan over a stack of such weights, with a step's compiler options: a copy of
+    a layer's would be a temporary. Raises BackendRefused.
     """
     from pallas_kernels import grouped_matmul, quantized_matmul
     from pallas_kernels.matmul_cases import MATMUL_CASES
@@ -136,19 +138,41 @@ def matmul(
     num_rows = num_tokens * shape.top_k
     x = jax.ShapeDtypeStruct((num_rows, shape.in_dim), jnp.bfloat16)
     if shape.num_experts is None:
-        reason = quantized_matmul.why_not(name, weight, chip=target.chip, activations=activations)
+        reason = quantized_matmul.why_not(
+            name, weight, chip=target.chip, x=x, activations=activations
+        )
         call = functools.partial(
             quantized_matmul.quantized_matmul, backend=chosen, activations=activations
         )
         args = (x, weight)
     else:
-        reason = grouped_matmul.why_not(name, weight, chip=target.chip)
+        reason = grouped_matmul.why_not(name, weight, chip=target.chip, x=x)
         call = functools.partial(grouped_matmul.grouped_matmul, backend=chosen)
         args = (x, weight, jax.ShapeDtypeStruct(experts, jnp.int32))
     if reason is not None:
         raise BackendRefused(reason)
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
-    return Program(fn=call, args=args, notes={"weight_bytes": num_bytes}, tiles=tiles or {})
+    notes = {"weight_bytes": num_bytes}
+    if num_layers is None:
+        return Program(fn=call, args=args, notes=notes, tiles=tiles or {})
+    from jaxserve.runner.executables import COMPILER_OPTIONS
+
+    def layers(x: Any, stack: Any, *rest: Any) -> Any:
+        def layer(x: Any, weight: Any) -> tuple[Any, None]:
+            out = jax.lax.optimization_barrier(call(x, weight, *rest))
+            return x + out[:, :1], None
+
+        return jax.lax.scan(layer, x, stack)[0]
+
+    stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((num_layers, *a.shape), a.dtype), weight)
+    options = COMPILER_OPTIONS.get(target.chip.platform)
+    return Program(
+        fn=layers,
+        args=(x, stack, *args[2:]),
+        notes=notes,
+        tiles=tiles or {},
+        compiler_options=options,
+    )
 
 
 def bundled_ragged(

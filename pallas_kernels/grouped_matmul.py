@@ -1,11 +1,12 @@
 """Tokens by their experts (MoE): shapes are checked here, the chosen backend computes."""
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, ShapeDtypeStruct
 
-from pallas_kernels import quantized_matmul_tpu
+from pallas_kernels import quantized_matmul_gpu, quantized_matmul_tpu
 from pallas_kernels.backend import AUTO_ORDER, BACKENDS, Backend, BackendRefused
 from pallas_kernels.chips import Chip
+from pallas_kernels.grouped_matmul_gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul_reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul_tpu import grouped_matmul_tpu
 from pallas_kernels.grouped_matmul_xla import grouped_matmul_xla
@@ -37,20 +38,29 @@ def grouped_matmul(
             f"group_sizes {group_sizes.dtype}{group_sizes.shape} of {weights.shape[0]} experts: "
             f"expected int32 [{weights.shape[0]}]"
         )
-    reason = why_not(backend.name, weights, chip=backend.chip)
+    reason = why_not(backend.name, weights, chip=backend.chip, x=x)
     if reason is not None:
         raise BackendRefused(f"grouped matmul backend {backend.name!r} refused: {reason}")
     if backend.name == "reference":
         return grouped_matmul_reference(x, weights, group_sizes)
+    if backend.name == "gpu":
+        return grouped_matmul_gpu(x, weights, group_sizes, backend=backend)
     if backend.name == "tpu":
         return grouped_matmul_tpu(x, weights, group_sizes, backend=backend)
     return grouped_matmul_xla(x, weights, group_sizes)
 
 
-def why_not(name: str, weights: Array | QuantizedArray, *, chip: Chip) -> str | None:
+def why_not(
+    name: str,
+    weights: Array | QuantizedArray,
+    *,
+    chip: Chip,
+    x: Array | ShapeDtypeStruct | None = None,
+) -> str | None:
     """Why the backend cannot multiply by such experts on this chip, or None if it can.
 
-    Looks at shapes and dtypes only. Raises BackendRefused for a name that is no backend's.
+    Looks at shapes and dtypes only; without `x` it is taken to be bfloat16.
+    Raises BackendRefused for a name that is no backend's.
     """
     if name not in BACKENDS:
         raise BackendRefused(f"no matmul backend {name!r}: choose one of {BACKENDS}")
@@ -59,12 +69,16 @@ def why_not(name: str, weights: Array | QuantizedArray, *, chip: Chip) -> str | 
             return f"it needs a {name.upper()}, this is {chip}"
         if name == "tpu":
             return quantized_matmul_tpu.why_not(weights, chip=chip)
-        return "no kernel in this version"
+        return quantized_matmul_gpu.why_not(weights, chip=chip, x=x)
     return None
 
 
 def choose_grouped_backend(
-    requested: str, weights: Array | QuantizedArray, *, chip: Chip
+    requested: str,
+    weights: Array | QuantizedArray,
+    *,
+    chip: Chip,
+    x: Array | ShapeDtypeStruct | None = None,
 ) -> tuple[Backend, dict[str, str]]:
     """The backend to use for such experts, and why each one passed over refused.
 
@@ -72,7 +86,7 @@ def choose_grouped_backend(
     """
     reasons: dict[str, str] = {}
     for name in AUTO_ORDER if requested == "auto" else (requested,):
-        reason = why_not(name, weights, chip=chip)
+        reason = why_not(name, weights, chip=chip, x=x)
         if reason is None:
             return Backend(name=name, chip=chip), reasons  # pyright: ignore[reportArgumentType]
         reasons[name] = reason

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from jax import Array
+from jax import Array, ShapeDtypeStruct
 
-from pallas_kernels import quantized_matmul_tpu
+from pallas_kernels import quantized_matmul_gpu, quantized_matmul_tpu
 from pallas_kernels.backend import AUTO_ORDER, BACKENDS, Backend, BackendRefused
 from pallas_kernels.chips import Chip
 from pallas_kernels.quantized import QuantizedArray
@@ -37,11 +37,13 @@ def quantized_matmul(
     if activations not in ("keep", "dynamic"):
         raise ValueError(f"activations {activations!r}: expected 'keep' or 'dynamic'")
     dynamic = activations == "dynamic"
-    reason = why_not(backend.name, weight, chip=backend.chip, activations=activations)
+    reason = why_not(backend.name, weight, chip=backend.chip, x=x, activations=activations)
     if reason is not None:
         raise BackendRefused(f"quantized matmul backend {backend.name!r} refused: {reason}")
     if backend.name == "reference":
         return quantized_matmul_reference(x, weight, dynamic_activations=dynamic)
+    if backend.name == "gpu":
+        return quantized_matmul_gpu.quantized_matmul_gpu(x, weight, backend=backend)
     if backend.name == "tpu":
         return quantized_matmul_tpu.quantized_matmul_tpu(
             x, weight, backend=backend, dynamic_activations=dynamic
@@ -50,11 +52,17 @@ def quantized_matmul(
 
 
 def why_not(
-    name: str, weight: QuantizedArray, *, chip: Chip, activations: Activations = "keep"
+    name: str,
+    weight: QuantizedArray,
+    *,
+    chip: Chip,
+    x: Array | ShapeDtypeStruct | None = None,
+    activations: Activations = "keep",
 ) -> str | None:
     """Why the backend cannot multiply by such a weight on this chip, or None if it can.
 
-    Looks at shapes and dtypes only: `weight` may be made of ShapeDtypeStructs.
+    Looks at shapes and dtypes only: `x` and `weight` may be made of ShapeDtypeStructs. The Hopper
+    kernel is for few rows, so its answer depends on `x`; without, it is that of a few in bfloat16.
     Raises BackendRefused for a name that is no backend's.
     """
     if name not in BACKENDS:
@@ -64,20 +72,26 @@ def why_not(
             return f"it needs a {name.upper()}, this is {chip}"
         if name == "tpu":
             return quantized_matmul_tpu.why_not(weight, chip=chip)
-        return "no kernel in this version"
+        dynamic = activations == "dynamic"
+        return quantized_matmul_gpu.why_not(weight, chip=chip, x=x, dynamic_activations=dynamic)
     return None
 
 
 def choose_matmul_backend(
-    requested: str, weight: QuantizedArray, *, chip: Chip, activations: Activations = "keep"
+    requested: str,
+    weight: QuantizedArray,
+    *,
+    chip: Chip,
+    x: Array | ShapeDtypeStruct | None = None,
+    activations: Activations = "keep",
 ) -> tuple[Backend, dict[str, str]]:
-    """The backend to use for such a weight, and why each one passed over refused.
+    """The backend to use for such x and weight, and why each one passed over refused.
 
     `requested` is "auto" or a backend's name. Raises BackendRefused if none can.
     """
     reasons: dict[str, str] = {}
     for name in AUTO_ORDER if requested == "auto" else (requested,):
-        reason = why_not(name, weight, chip=chip, activations=activations)
+        reason = why_not(name, weight, chip=chip, x=x, activations=activations)
         if reason is None:
             return Backend(name=name, chip=chip), reasons  # pyright: ignore[reportArgumentType]
         reasons[name] = reason

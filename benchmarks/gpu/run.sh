@@ -7,7 +7,8 @@
 #
 # It first compares logits with the CPU's and stops if they differ, then measures the ceilings of
 # the device, then the attention kernels (which check themselves first), then jaxserve, then
-# transformers. No network is used and no weights are needed.
+# transformers, then quantized matmuls (checked first, too). No network is used and no weights are
+# needed.
 #
 #   OUT=folder       where the JSON files go (default build/gpu)
 #   PYTHON=python3   needs jaxserve's packages; PEER_PYTHON=$PYTHON needs torch and transformers
@@ -73,9 +74,17 @@ kernels() {
     --json "$OUT/kernels.json" "${smoke[@]}"
 }
 
+# matmuls SECONDS: those of quantized weights and experts, checked before they are timed.
+matmuls() {
+  stage matmuls "$1" bash -c 'with_budget "$@"' - "$PYTHON" -m benchmarks.matmul_timed \
+    --json "$OUT/matmuls.json" "${smoke[@]}"
+}
+
 if [[ $only == kernels ]]; then
-  kernels "$BUDGET_S"
-  exit
+  kernels $((BUDGET_S * 3 / 5))
+  status=$?
+  matmuls "$BUDGET_S" && exit $status
+  exit 1
 fi
 stage check 120 "$PYTHON" -m benchmarks.gpu.check --json "$OUT/check.json" || {
   echo "The logits are not right (or the check did not finish): nothing is measured."
@@ -96,4 +105,5 @@ for shape in "${shapes[@]}"; do
     "$PEER_PYTHON" -m benchmarks.gpu.transformers_peer \
     --config "benchmarks/gpu/configs/$shape" --json "$OUT/transformers-$shape.json" "${smoke[@]}"
 done
+matmuls 150
 "$PYTHON" -m benchmarks.gpu.report "$OUT"
