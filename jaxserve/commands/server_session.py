@@ -1,6 +1,6 @@
 """A server from its settings to its end."""
 
-import logging
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 def serve_model(engine: EngineConfig, config: "ServerConfig") -> int:
     """Loads the model and serves it until a signal; the exit code."""
+    from jaxserve.server.logs import configure_logging
     from jaxserve.server.serve import address, open_socket, run
 
-    logging.getLogger("jaxserve").setLevel(
-        min(logging.INFO, logging.getLogger("jaxserve").getEffectiveLevel())
-    )
+    level = os.environ.get("JAXSERVE_LOG_LEVEL", "INFO")
+    configure_logging(level=level, log_format=config.log_format, secrets=config.api_keys)
     start = time.monotonic()
     sock = open_socket(config)  # before the model, so that a taken port shows at once
     where = address(config, sock)

@@ -2,20 +2,26 @@
 
 import hashlib
 import json
+from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.async_llm import AsyncLLM
+from jaxserve.frontend.parsers.registry import reasoning_parser, tool_parser
 from jaxserve.server.auth import Authentication
 from jaxserve.server.chat import chat_completions
 from jaxserve.server.completions import completions
 from jaxserve.server.context import Context
 from jaxserve.server.guards import Guard
+from jaxserve.server.http_metrics import HTTPMetrics
+from jaxserve.server.request_log import AccessLog
 from jaxserve.server.routes_health import health, own_version, ready, show_version
+from jaxserve.server.routes_metrics import metrics
 from jaxserve.server.routes_models import model, models
 from jaxserve.server.routes_tokens import detokenize, tokenize
+from jaxserve.server.telemetry import Telemetry
 from jaxserve.server_config import ServerConfig
 
 
@@ -25,13 +31,28 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":
     Args:
         llm: Stays the caller's to shut down.
         config: Of the server.
+
+    Raises:
+        ConfigError: A parser is unknown, or what traces need is not installed.
     """
-    context = Context(llm=llm, config=config, names=_names(llm, config), fingerprint=_print(llm))
+    names = _names(llm, config)
+    if config.tool_call_parser is not None:
+        tool_parser(config.tool_call_parser)
+    if config.reasoning_parser is not None:
+        reasoning_parser(config.reasoning_parser)
+    context = Context(
+        llm=llm,
+        config=config,
+        names=names,
+        fingerprint=_print(llm),
+        telemetry=Telemetry(llm, config, names[0]),
+    )
     layered: ASGIApp = Authentication(
         Router(_routes(config), redirect_slashes=False),
         config.api_keys,
         protect_metrics=config.protect_metrics,
         max_concurrent=config.max_concurrent_requests_per_key,
+        on_limit=partial(context.telemetry.metrics.reject, "rate_limit"),
     )
     if config.allowed_origins:
         layered = CORSMiddleware(
@@ -42,7 +63,8 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":
             allow_credentials=config.allow_credentials,
             expose_headers=("x-request-id", "retry-after"),
         )
-    return Application(Guard(layered, config.allowed_hosts), context)
+    layered = HTTPMetrics(Guard(layered, config.allowed_hosts), context.telemetry.metrics.registry)
+    return Application(AccessLog(layered, enabled=not config.disable_access_log), context)
 
 
 class Application:
@@ -63,6 +85,7 @@ def _routes(config: ServerConfig) -> list[Route]:
         Route("/health", health, methods=["GET"]),
         Route("/ping", health, methods=["GET", "POST"]),
         Route("/ready", ready, methods=["GET"]),
+        Route("/metrics", metrics, methods=["GET"]),
         Route("/version", show_version, methods=["GET"]),
         Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{name:path}", model, methods=["GET"]),

@@ -3,7 +3,7 @@
 import hashlib
 import hmac
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -22,6 +22,7 @@ class Authentication:
     Args:
         keys: Accepted ones, as `Authorization: Bearer KEY` or `x-api-key: KEY`.
         max_concurrent: Requests of one key at a time; more are answered 429.
+        on_limit: Called for each of those.
     """
 
     def __init__(
@@ -31,11 +32,12 @@ class Authentication:
         *,
         protect_metrics: bool = False,
         max_concurrent: int | None = None,
+        on_limit: Callable[[], None] = lambda: None,
     ) -> None:
         self._app = app
         self._digests = [_digest(key.encode()) for key in keys]
         self._open = OPEN | PAGES | (frozenset() if protect_metrics else {"/metrics"})
-        self._max_concurrent = max_concurrent
+        self._max_concurrent, self._on_limit = max_concurrent, on_limit
         self._num_running: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,6 +50,7 @@ class Authentication:
             return
         scope["state"]["tenant"] = tenant
         if self._max_concurrent is not None and self._num_running[tenant] >= self._max_concurrent:
+            self._on_limit()
             await _too_many(self._max_concurrent).response()(scope, receive, send)
             return
         self._num_running[tenant] += 1

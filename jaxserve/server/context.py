@@ -7,6 +7,7 @@ from starlette.requests import Request
 
 from jaxserve.async_llm import AsyncLLM
 from jaxserve.server.errors import APIError, invalid
+from jaxserve.server.telemetry import Telemetry
 from jaxserve.server_config import ServerConfig
 
 
@@ -23,6 +24,7 @@ class Context:
     config: ServerConfig
     names: tuple[str, ...]
     fingerprint: str
+    telemetry: Telemetry
     created_s: int = field(default_factory=lambda: int(time.time()))
     not_ready: bool = False  # a signal came: new work is still taken for a moment
     draining: bool = False

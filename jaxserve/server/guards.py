@@ -1,9 +1,7 @@
-"""What every request passes first: an id, a well-formed Host, and answers to whatever is raised."""
+"""What every request passes: a check of its Host, and an answer to whatever is raised."""
 
-import contextvars
 import logging
 import re
-import uuid
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,12 +12,10 @@ logger = logging.getLogger(__name__)
 
 # RFC 3986: a name, an IPv4 address or a bracketed IPv6 address, and a port.
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
 
 class Guard:
-    """The outermost layer but for metrics: no exception of a handler passes it.
+    """No exception of a handler passes it, but one in the middle of an answer.
 
     Args:
         allowed_hosts: Host headers without their port; none: every well-formed one.
@@ -36,26 +32,22 @@ class Guard:
         if scope["type"] != "http":  # no WebSocket route
             await send({"type": "websocket.close", "code": 1008})
             return
-        name = uuid.uuid4().hex
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        scope["state"]["request_id"] = name = given if _REQUEST_ID.fullmatch(given) else name
-        token = request_id.set(name)
+        name = scope["state"]["request_id"]
         started = False
 
-        async def send_with_id(message: Message) -> None:
+        async def send_safely(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [
                     *message.get("headers", ()),
-                    (b"x-request-id", name.encode()),
                     (b"x-content-type-options", b"nosniff"),
                 ]
             await send(message)
 
         try:
             self._check_host(scope)
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_safely)
         except Exception as error:  # ours or a bug: the client gets an answer, the log the trace
             if isinstance(error, HTTPException):
                 answer = _of_router(error, scope)
@@ -66,9 +58,7 @@ class Guard:
                 answer = internal_error(name)
             if started:
                 raise  # the connection breaks, so that a cut answer does not look whole
-            await answer.response()(scope, receive, send_with_id)
-        finally:
-            request_id.reset(token)
+            await answer.response()(scope, receive, send_safely)
 
     def _check_host(self, scope: Scope) -> None:
         hosts = [value for name, value in scope["headers"] if name == b"host"]

@@ -7,13 +7,18 @@ from starlette.responses import Response
 
 from jaxserve.server.answers import json_response
 from jaxserve.server.context import Context
-from jaxserve.server.errors import overloaded
+from jaxserve.server.errors import APIError, overloaded
 
 
 async def health(request: Request) -> Response:
     """Alive: 200 with no body. 503 when the engine is dead, or has work and makes no progress."""
     context = Context.of(request)
-    await context.llm.check_health()
+    if not context.llm.is_running:
+        raise APIError(503, "the engine has stopped; start the server again", code="engine_error")
+    if not context.telemetry.watchdog.healthy():
+        raise APIError(
+            503, "the engine makes no progress; start the server again", code="engine_stalled"
+        )
     return Response(status_code=200)
 
 

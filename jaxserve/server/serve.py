@@ -129,6 +129,7 @@ async def serve(
                     await task
             await server.shutdown(sockets=[sock])
     finally:
+        app.context.telemetry.close()
         for number in signals:
             loop.remove_signal_handler(number)
         sock.close()

@@ -50,6 +50,7 @@ async def submit(
         RequestError: It is refused.
     """
     if context.draining:
+        context.telemetry.metrics.reject("draining")
         raise overloaded("the server is shutting down; send this to another")
     await context.llm.prepare(sampling)
     salt = _salt(request, context, checked_salt(cache_salt))

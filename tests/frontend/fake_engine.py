@@ -30,6 +30,7 @@ class FakeEngine:
     ) -> None:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
+        self.num_late_compiles = 0
         self.outbox: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
         self.script = script
         self.tokens_per_step = tokens_per_step
