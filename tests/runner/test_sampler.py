@@ -22,6 +22,7 @@ from jaxserve.runner.row_state import (
 )
 from jaxserve.runner.sampler import Sampled, SamplingRows, TokenMasks, largest, sample
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.step import NO_TOKEN
 
 VOCAB = 70  # not a multiple of 32
 SHAPES = RowShapes(max_num_seqs=4, max_model_len=32, page_size=8, vocab_size=VOCAB)
@@ -299,3 +300,58 @@ def test_largest_is_the_first_of_equals(size: int) -> None:
     logits = rng.integers(0, 40, (50, size)).astype(np.float32)  # many ties
     logits[0] = -np.inf
     np.testing.assert_array_equal(np.asarray(largest(jnp.asarray(logits))), logits.argmax(axis=1))
+
+
+masks = st.none() | st.lists(token, min_size=1, max_size=20).map(tuple)
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 1000),
+    st.lists(st.builds(Row, params, output=tokens, mask=masks), min_size=4, max_size=4),
+)
+def test_masks_of_grammars_come_first(seed: int, rows: list[Row]) -> None:
+    logits = random_logits(seed, len(rows))
+    got = np.asarray(run(logits, rows).token_ids)
+    for i, row in enumerate(rows):
+        own = logits[i].copy()
+        if row.mask is not None:
+            own[[t for t in range(VOCAB) if t not in row.mask]] = -np.inf
+        want = processed(own, row)
+        if np.isfinite(want).any():
+            assert want[got[i]] >= want.max() - 1e-4
+        else:
+            assert got[i] == NO_TOKEN
+
+
+def test_a_mask_leaves_the_other_rows_and_their_draws_alone() -> None:
+    logits = random_logits(8, 4)
+    rows = [Row(SamplingParams(temperature=1.0), seed=i) for i in range(4)]
+    before = np.asarray(run(logits, rows).token_ids)
+    rows[1] = dataclasses.replace(rows[1], mask=(int(before[1]), 9))
+    rows[2] = dataclasses.replace(rows[2], mask=(11,))
+    after = np.asarray(run(logits, rows).token_ids)
+    assert after.tolist() == [before[0], before[1], 11, before[3]]
+
+
+def test_a_mask_of_the_end_alone_beats_min_tokens() -> None:
+    p = SamplingParams(temperature=0.0, min_tokens=5)
+    assert int(run(random_logits(3), [Row(p, mask=(EOS,))]).token_ids[0]) == EOS
+    assert int(run(random_logits(3), [Row(p, mask=(EOS, 7))]).token_ids[0]) == 7
+
+
+def test_log_probabilities_are_over_what_the_mask_leaves() -> None:
+    p = SamplingParams(temperature=0.0, logprobs=3)
+    logits = random_logits(5)
+    got = run(logits, [Row(p, mask=(4, 6))], max_logprobs=3)
+    two = logits[0, [4, 6]]
+    values = two - np.log(np.exp(two).sum())
+    np.testing.assert_allclose(got.logprobs[0, 0], values.max(), atol=1e-5)
+    assert got.ranks[0] == 1
+    assert set(np.asarray(got.logprob_ids[0, 1:3]).tolist()) == {4, 6}
+    assert got.logprobs[0, 3] == -np.inf
+
+
+def test_nothing_left_is_told_also_with_temperature() -> None:
+    p = SamplingParams(temperature=1.0, allowed_token_ids=[1, 2], logprobs=1)
+    assert int(run(random_logits(5), [Row(p, mask=(4, 6))]).token_ids[0]) == NO_TOKEN
