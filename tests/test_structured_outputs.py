@@ -17,7 +17,8 @@ from jaxserve.step import StepPlan
 SIZES: dict[str, Any] = {
     "max_model_len": 320,
     "max_num_seqs": 32,
-    "max_num_batched_tokens": 64,
+    "max_num_batched_tokens": 32,
+    "layer_loop": "scan",  # quicker to compile
     "num_gpu_blocks_override": 700,
     "forbid_late_compile": True,
     "show_progress": False,

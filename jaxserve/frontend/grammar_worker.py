@@ -144,6 +144,8 @@ class _Server:
         data = os.read(0, 1 << 20)
         self._open = bool(data)
         self._buffer += data
+        if b"\n" not in data:  # a tokenizer comes in hundreds of pieces
+            return
         *lines, rest = self._buffer.split(b"\n")
         self._buffer = bytearray(rest)
         for line in lines:

@@ -54,6 +54,7 @@ class GrammarState:
     ended: bool = False  # nothing can follow
     error: str | None = None
     dropped: bool = False  # its sequence has gone
+    begun_s: float = 0.0  # when a thread began with it, time.monotonic(); 0: not yet
     last_s: float = 0.0  # what the last mask took
     tail: tuple[int, ...] = ()  # newest tokens, as many as `start_after` has
 
@@ -82,6 +83,7 @@ class Lane:
         self._name, self._num_threads = name, num_threads
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._closed = False
 
     def put(self, job: Callable[[], None]) -> None:
         if not self._threads:
@@ -94,14 +96,15 @@ class Lane:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Ends the threads once they are done with what they have; waits a little for that."""
+        """Ends the threads once they are done with one job each; waits a little for that."""
+        self._closed = True
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._closed:
             job()
 
 
@@ -117,7 +120,7 @@ class Grammars:
     factory: MatcherFactory
     wake: Callable[[], None]
     _done: "queue.SimpleQueue[GrammarState]" = field(default_factory=queue.SimpleQueue)
-    _since: dict[GrammarState, float] = field(default_factory=dict)  # when each was begun
+    _pending: set[GrammarState] = field(default_factory=set)
     _fresh: set[GrammarState] = field(default_factory=set)  # those that a step still waits for
     _patient_until_s: float = 0.0
     _lanes: dict[str, Lane] = field(default_factory=dict)
@@ -129,7 +132,7 @@ class Grammars:
     @property
     def num_pending(self) -> int:
         """States that threads work on."""
-        return len(self._since)
+        return len(self._pending)
 
     def open(self, grammar: Grammar, seq_ids: Sequence[int]) -> list[GrammarState]:
         """States for the choices of a request; not ready yet."""
@@ -142,7 +145,7 @@ class Grammars:
             )
             for seq_id in seq_ids
         ]
-        self._since.update(dict.fromkeys(states, time.monotonic()))
+        self._pending.update(states)
         self._lanes["compile"].put(lambda: self._make(grammar, states))
         return states
 
@@ -151,13 +154,12 @@ class Grammars:
         governed = state.take(token_ids)
         if not governed:
             return
-        state.ready = False
-        now = time.monotonic()
-        self._since[state] = now
+        state.ready, state.begun_s = False, 0.0
+        self._pending.add(state)
         slow = state.last_s > SLOW_S
         if not slow:
             self._fresh.add(state)
-            self._patient_until_s = now + PATIENCE_S
+            self._patient_until_s = time.monotonic() + PATIENCE_S
         self._lanes["slow-mask" if slow else "mask"].put(lambda: self._step(state, governed))
 
     def collect(self) -> list[GrammarState]:
@@ -167,7 +169,7 @@ class Grammars:
         longer.
         """
         found: list[GrammarState] = []
-        while self._since:
+        while self._pending:
             patience_s = self._patient_until_s - time.monotonic() if self._fresh else 0.0
             try:
                 state = self._done.get(timeout=max(0.0, patience_s))
@@ -175,7 +177,8 @@ class Grammars:
                 self._fresh.clear()
                 break
             self._fresh.discard(state)
-            if self._since.pop(state, None) is not None:
+            if state in self._pending:
+                self._pending.remove(state)
                 state.ready = True
                 found.append(state)
         return found + self._late()
@@ -183,7 +186,7 @@ class Grammars:
     def forget(self, state: GrammarState) -> None:
         """Its sequence has ended; what a thread still finds for it is dropped."""
         state.dropped = True
-        self._since.pop(state, None)
+        self._pending.discard(state)
         self._fresh.discard(state)
 
     def close(self) -> None:
@@ -192,7 +195,7 @@ class Grammars:
 
     def _late(self) -> list[GrammarState]:
         limit = time.monotonic() - TIMEOUT_S
-        late = [state for state, begun in self._since.items() if begun < limit]
+        late = [state for state in self._pending if 0 < state.begun_s < limit]
         for state in late:
             self.forget(state)
             state.error = f"the grammar took longer than {TIMEOUT_S:g} s for one token"
@@ -203,6 +206,8 @@ class Grammars:
     def _make(self, grammar: Grammar, states: list[GrammarState]) -> None:
         if all(state.dropped for state in states):
             return
+        for state in states:
+            state.begun_s = time.monotonic()
         first, *others = states
         try:
             matcher = self.factory.make(grammar.text)
@@ -223,7 +228,7 @@ class Grammars:
     def _step(self, state: GrammarState, token_ids: Sequence[int]) -> None:
         if state.dropped:
             return
-        start = time.perf_counter()
+        state.begun_s = time.monotonic()
         try:
             if state.matcher is None:
                 raise ValueError("there is no matcher")
@@ -235,7 +240,7 @@ class Grammars:
                 _look(state, state.matcher)
         except Exception as error:
             state.error = _message(error)
-        state.last_s = time.perf_counter() - start
+        state.last_s = time.monotonic() - state.begun_s
         self._done.put(state)
         self.wake()
 

@@ -280,3 +280,16 @@ def test_without_a_tokenizer_such_requests_are_refused() -> None:
     engine.add(bound(make_request("g", (1,)), "3"))
     assert ends(engine, "g")[0] == "error"
     assert engine.scheduler.idle
+
+
+def test_a_mask_that_is_never_found_ends_its_request(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxserve.scheduler.grammar.TIMEOUT_S", 0.2)
+    engine = Engine(steps_ahead=1, grammars=grammars)
+    engine.add(bound(make_request("stuck", (1, 2)), "4:stuck:1"))
+    run(engine)
+    reason, error = ends(engine, "stuck")
+    assert reason == "error"
+    assert error is not None
+    assert "took longer than 0.2 s" in error
