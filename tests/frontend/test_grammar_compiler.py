@@ -106,7 +106,6 @@ BAD_SCHEMAS: dict[str, Any] = {
     "a megabyte of text": json.dumps({"enum": ["x" * 1_000_000]}),
     "enum of 100,000": {"enum": list(range(100_000))},
     "enum just too large": {"enum": list(range(MAX_ENUM_VALUES + 1))},
-    "enum of long values": {"enum": [f"{i:020}" for i in range(9000)]},
     "a Python cycle": CYCLE,
     "remote ref": {"$ref": "http://127.0.0.1:9/schema.json"},
     "file ref": {"items": {"$ref": "file:///etc/passwd"}},
@@ -204,7 +203,7 @@ BAD_GRAMMARS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in BAD_GRAMMARS if name != "endless"])
+@pytest.mark.parametrize("name", BAD_GRAMMARS)
 def test_bad_grammars_are_refused_in_time(compiler: GrammarCompiler, name: str) -> None:
     assert refused(compiler, StructuredOutputsParams(grammar=BAD_GRAMMARS[name])).code == (
         "invalid_value"
@@ -238,7 +237,7 @@ def follow(matcher: Matcher, num_words: int, seed: int, num_tokens: int) -> list
         {"grammar": 'start: a\na: a a a a | "x" | a a | ""'},
         {"json": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9}},
         {"json": {"type": "string", "minLength": 10**5}},
-        {"grammar": BAD_GRAMMARS["endless"]},
+        {"json": {"enum": [f"{i:020}" for i in range(9000)]}},
     ],
 )
 def test_what_looks_bad_but_is_cheap_stays_cheap(
@@ -306,7 +305,7 @@ def test_a_tagged_union_is_read_as_pydantic_means_it(
     matchers.make(grammar).accept(tokenizer.encode('{"tag": "b", "x": true}'))
     with pytest.raises(ValueError, match="satisfy"):
         matchers.make(grammar).accept(tokenizer.encode('{"tag": "b", "x": 1}'))
-    same = {"oneOf": [branch("a", "integer"), branch("a", "boolean")]}
+    same = {"oneOf": [branch("a", "integer"), branch("a", "number")]}
     assert refused(compiler, StructuredOutputsParams(json=same)).code == "invalid_json_schema"
 
 
@@ -329,9 +328,7 @@ def test_a_sentencepiece_tokenizer_of_a_gguf_file_works() -> None:
 
 
 def test_good_grammars_do_not_wait_for_bad_ones(compiler: GrammarCompiler) -> None:
-    bombs = [
-        {"allOf": [{"type": "integer", "multipleOf": p + i} for p in PRIMES]} for i in range(3)
-    ]
+    bombs = [{**BAD_SCHEMAS["allOf of multiples"], "title": f"{i}"} for i in range(3)]
     slow = [compiler.begin(StructuredOutputsParams(json=bomb)) for bomb in bombs]
     start = time.monotonic()
     compiler.compile(StructuredOutputsParams(regex="[a-z]{3}x"))
@@ -395,7 +392,7 @@ def test_a_tokenizer_that_cannot_be_read_is_the_operators_to_know() -> None:
 def test_masks_have_a_bit_for_each_token(matchers: MatcherFactory, tokenizer: Tokenizer) -> None:
     assert isinstance(tokenizer.backend, tokenizers.Tokenizer)
     words = np.zeros(matchers.num_words, np.uint32)
-    matcher = matchers.make('start: "yes"')
+    matcher = matchers.make("start: /[ab]/")
     matcher.fill(words)
     allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
-    assert {tokenizer.decode_token(int(i)) for i in allowed} == {"y", "ye", "yes"}
+    assert {tokenizer.decode_token(int(i)) for i in allowed} == {"a", "b"}
