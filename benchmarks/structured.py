@@ -136,7 +136,7 @@ def main() -> None:
         "demo",
         max_model_len=512,
         max_num_seqs=args.rows,
-        max_num_batched_tokens=max(64, args.rows),
+        max_num_batched_tokens=args.rows,
         forbid_late_compile=True,
         show_progress=False,
     ) as llm:

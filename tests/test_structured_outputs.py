@@ -194,7 +194,8 @@ def run_schemas(llm: LLM) -> tuple[int, list[str]]:
     num_finished, wrong = 0, []
     for (name, schema), output in zip(SCHEMAS.items(), outputs, strict=True):
         (choice,) = output.outputs
-        assert choice.finish_reason in ("stop", "length"), (name, choice)
+        reason, why = choice.finish_reason, choice.stop_reason
+        assert reason in ("stop", "length"), f"{name}: {reason}: {why}"
         if choice.finish_reason == "stop":
             num_finished += 1
             if not is_valid(schema, choice.text):
@@ -214,7 +215,7 @@ def test_without_the_masks_the_suite_fails(llm: LLM, monkeypatch: pytest.MonkeyP
         return np.full((layout.num_rows, layout.shapes.mask_words), 0xFFFFFFFF, np.uint32)
 
     monkeypatch.setattr("jaxserve.runner.runner.pack_masks", no_masks)
-    with pytest.raises(AssertionError, match="the grammar cannot go on"):
+    with pytest.raises(AssertionError, match="error: the grammar cannot go on"):
         run_schemas(llm)
 
 
