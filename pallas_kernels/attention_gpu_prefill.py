@@ -37,7 +37,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import tuning
 from pallas_kernels.backend import Backend
+from pallas_kernels.gpu_split import num_multiprocessors
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 _LOG2E = math.log2(math.e)
@@ -91,7 +93,7 @@ _ROW, _BASE, _FIRST, _LAST, _POSITION, _START, _END, _BLOCKS = range(8)
 
 
 def why_not_prefill(spec: AttentionSpec) -> str | None:
-    """Why the kernel cannot run this kind of layer, or None if it can. The chip is not looked at."""
+    """Why the kernel cannot run this kind of layer on Hopper, or None if it can."""
     kv = spec.kv
     dtype = jnp.dtype(kv.dtype).name
     if kv.kind != "heads":
@@ -107,7 +109,7 @@ def why_not_prefill(spec: AttentionSpec) -> str | None:
     return None
 
 
-def default_tiles(spec: AttentionSpec, *, num_workers: int) -> PrefillTiles:
+def prefill_tiles(spec: AttentionSpec, *, num_workers: int) -> PrefillTiles:
     """Tiles that fit shared memory."""
     if spec.kv.head_dim > 128:
         return PrefillTiles(block_kv=64, num_stages=2, num_workers=num_workers)
@@ -126,7 +128,8 @@ def attend_prefill(
     spec: AttentionSpec,
     backend: Backend,
     sinks: Array | None = None,  # [N] float32
-    tiles: PrefillTiles,
+    tiles: PrefillTiles | None = None,  # None: what `tuning` has for the chip
+    interpret: Any = None,  # of plgpu.kernel; None: as `backend` says
 ) -> Array:
     """`out` with the attention of all rows but decode rows, and zeros for padding tokens.
 
@@ -146,8 +149,14 @@ def attend_prefill(
             backend=backend,
             sinks=sinks,
             tiles=tiles,
+            interpret=interpret,
         )
         return padded[:num_tokens]
+    if tiles is None:
+        guess = prefill_tiles(spec, num_workers=num_multiprocessors(backend.chip))
+        tiles = tuning.tiles("gpu_prefill", backend.chip, tuning.attention_key(spec), guess)
+    if interpret is None and backend.interpret:
+        interpret = plgpu.InterpretGPUParams()
     packing = _packing(spec.group)
     plan = plan_prefill(pages, spec=spec, tiles=tiles, num_tokens=num_tokens)
     first_page = (jnp.asarray(layer, jnp.int32) * pages.num_pages).reshape(1)
@@ -157,7 +166,7 @@ def attend_prefill(
         spec=spec,
         tiles=tiles,
         packing=packing,
-        interpret=backend.interpret,
+        interpret=interpret is not None,
     )
     operands = [q, kv_pages, pages.page_table, plan.tiles, plan.num_tiles, first_page]
     if spec.sinks:
@@ -171,10 +180,10 @@ def attend_prefill(
         grid_names=("worker",),
         num_threads=_NUM_WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(spec, tiles, packing, q.dtype, interpret=backend.interpret),
+        scratch_types=_scratch(spec, tiles, packing, q.dtype, interpret=interpret is not None),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="attend_prefill",
-        interpret=plgpu.InterpretGPUParams() if backend.interpret else None,
+        **({} if interpret is None else {"interpret": interpret}),
     )(*operands, result)
     return jax.freeze(result)
 
@@ -455,7 +464,9 @@ def _load_item(
 
     for group in range(packing.groups):
         head, token = divmod(group * _ALIGN, packing.tokens)
-        tokens = pl.ds(pl.multiple_of(item.base + token, _ALIGN), _ALIGN)  # past the last token TMA fills in zeros
+        tokens = pl.ds(
+            pl.multiple_of(item.base + token, _ALIGN), _ALIGN
+        )  # past the last token TMA fills in zeros
         rows = pl.ds(group * _ALIGN % _WGMMA_ROWS, _ALIGN)
         target = shared.q_smem.at[group * _ALIGN // _WGMMA_ROWS, rows]
         source = q_ref.at[tokens, item.unit * packing.heads + head]
@@ -620,13 +631,18 @@ def _advance(
     dtype = shared.q_smem.dtype
     plgpu.barrier_wait(shared.k_full.at[stage])
 
-    def multiply_keys(logits_ref: Any) -> Any:
-        keys = shared.k_smem.at[stage].transpose((1, 0))
-        plgpu.wgmma(logits_ref, shared.q_smem.at[warpgroup], keys)
-        _take_turn(shared)  # the tensor cores are the other's, once this is through
-        return logits_ref[...]
+    queries, keys = shared.q_smem.at[warpgroup], shared.k_smem.at[stage].transpose((1, 0))
+    if interpret:
+        logits = _multiply(queries, keys)
+        _take_turn(shared)
+    else:
 
-    logits = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
+        def multiply_keys(logits_ref: Any) -> Any:
+            plgpu.wgmma(logits_ref, queries, keys)
+            _take_turn(shared)  # the tensor cores are the other's, once this is through
+            return logits_ref[...]
+
+        logits = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
     plgpu.barrier_arrive(shared.k_free.at[stage])
 
     factor = spec.scale * _LOG2E  # what takes logits to base 2
@@ -653,12 +669,7 @@ def _advance(
         plgpu.commit_smem()
         _take_turn(shared)
         plgpu.barrier_wait(shared.v_full.at[stage])
-
-        def multiply_values(acc_ref: Any) -> Any:
-            plgpu.wgmma(acc_ref, shared.p_smem.at[warpgroup], shared.v_smem.at[stage])
-            return acc_ref[...]
-
-        acc = acc + pl.run_scoped(multiply_values, plgpu.ACC(acc.shape, jnp.float32))
+        acc = acc + _multiply(shared.p_smem.at[warpgroup], shared.v_smem.at[stage])
     else:
         acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
         plgpu.barrier_arrive(shared.turn)
@@ -671,6 +682,16 @@ def _advance(
         acc = pl.run_state(add_values)(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(shared.v_free.at[stage])
     return acc, new_top, total
+
+
+def _multiply(a: Any, b: Any) -> Any:
+    """a @ b of shared memory, in the interpreter."""
+
+    def multiply(acc_ref: Any) -> Any:
+        plgpu.wgmma(acc_ref, a, b)
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def _write(
@@ -706,8 +727,9 @@ def _write(
     @pl.when((item.first < whole_begin) | (whole_end < item.last))
     def _() -> None:
         width = _columns(result.shape[1])
-        for column in range(0, result.shape[1], width):
-            staged = shared.token_smem.at[warpgroup, :, pl.ds(0, width)]
+        staged = shared.token_smem.at[warpgroup, :, pl.ds(0, width)]
+
+        def write_columns(column: int) -> None:
             staged[...] = result[:, column : column + width]
             plgpu.commit_smem()
 
@@ -724,6 +746,9 @@ def _write(
                     plgpu.copy_smem_to_gmem(source, target)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        for column in range(0, result.shape[1], width):
+            write_columns(column)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(shared.q_free)
