@@ -334,8 +334,8 @@ class _Item:
 
 def _for_each_item(
     worker: Any, num_items: Any, tiles_ref: Any, units: int, num_workers: int, visit: Callable
-) -> None:
-    """visit(item, blocks before it, items before it) for each item of a worker's share.
+) -> Any:
+    """visit(item, blocks before it) for each item of a worker's share: its blocks.
 
     Items are dealt out back and forth, so that shares of a falling list are about equal.
     """
@@ -360,10 +360,11 @@ def _for_each_item(
             kv_len=kv_len,
             blocks=num,
         )
-        pl.when(in_use)(lambda: visit(item, blocks, turn))
+        pl.when(in_use)(lambda: visit(item, blocks))
         return blocks + jnp.where(in_use, num, 0)
 
-    lax.fori_loop(0, lax.div(num_items + (num_workers - 1), num_workers), step, jnp.int32(0))
+    turns = lax.div(num_items + (num_workers - 1), num_workers)
+    return lax.fori_loop(0, turns, step, jnp.int32(0))
 
 
 def _kernel(
@@ -408,12 +409,18 @@ def _kernel(
             tiles=tiles,
             packing=packing,
         )
-        for_each_item(load_item)
+        num_blocks = for_each_item(load_item)
+        # Whoever waits at a barrier sees all of its phases.
+        for stage in range(tiles.num_stages):
+
+            @pl.when(stage < num_blocks)
+            def _(stage: int = stage) -> None:
+                plgpu.barrier_wait(shared.k_free.at[stage])
+                plgpu.barrier_wait(shared.v_free.at[stage])
 
     @pl.when(warpgroup < _NUM_WARPGROUPS)
     def _computes() -> None:
         plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
-        pl.when(warpgroup == 1)(lambda: _take_turn(shared))
         compute_item = functools.partial(
             _compute_item,
             warpgroup,
@@ -426,7 +433,6 @@ def _kernel(
             interpret=interpret,
         )
         for_each_item(compute_item)
-        pl.when(warpgroup == 0)(lambda: _take_turn(shared))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -445,7 +451,6 @@ def _load_item(
     shared: _Shared,
     item: _Item,
     blocks_before: Any,
-    items_before: Any,
     *,
     spec: AttentionSpec,
     tiles: PrefillTiles,
@@ -457,10 +462,6 @@ def _load_item(
     copies = block_kv // box
     kv_head = lax.div(item.unit, jnp.int32(spec.group // packing.heads))
     first_seen = _first_seen(item, spec)
-
-    @pl.when(items_before > 0)
-    def _() -> None:
-        plgpu.barrier_wait(shared.q_free)
 
     for group in range(packing.groups):
         head, token = divmod(group * _ALIGN, packing.tokens)
@@ -518,6 +519,8 @@ def _load_item(
             for _ in range(copies):
                 plgpu.barrier_arrive(shared.v_full.at[stage])
 
+    plgpu.barrier_wait(shared.q_free)
+
 
 def _forget(values: Any, begin: Any, end: Any) -> None:
     """Zero the values [block_kv, H] that lie before `begin` or from `end` on."""
@@ -546,7 +549,6 @@ def _compute_item(
     shared: _Shared,
     item: _Item,
     blocks_before: Any,
-    items_before: Any,
     *,
     spec: AttentionSpec,
     tiles: PrefillTiles,
@@ -554,17 +556,24 @@ def _compute_item(
     interpret: bool,
 ) -> None:
     """One warpgroup's 64 rows of an item."""
-    del items_before
     block_kv, head_dim = tiles.block_kv, spec.kv.head_dim
     blocks = item.blocks
     plgpu.barrier_wait(shared.q_full)
+    # The second warpgroup is half a block behind the first, within an item: its last turn must not
+    # need the first one's next item, whose queries come when both are done with these.
+    pl.when(warpgroup == 1)(lambda: _take_turn(shared))
+    first_position = item.position + (item.first - item.base)
+    last_position = item.position + (item.last - item.base) - 1
+    # Other rows' tokens see what the nearest one of this row does, so that they are finite.
+    positions = _tokens_of_rows(warpgroup, packing) + item.position
+    positions = jnp.clip(positions, first_position, last_position)
     advance = functools.partial(
         _advance,
         warpgroup,
         shared,
         item,
         blocks_before,
-        _tokens_of_rows(warpgroup, packing) + item.position,
+        positions,
         spec=spec,
         tiles=tiles,
         interpret=interpret,
@@ -579,12 +588,10 @@ def _compute_item(
         sink = plgpu.load(sinks_ref.at[item.unit, warpgroup], layout=_ROWS, optimized=False)
         state = (state[0], sink, in_rows(1.0))
     # Blocks [open_begin, open_end) are seen whole by every query of the row in this tile.
-    first_position = item.position + (item.first - item.base)
     seen_by_first = first_position + 1 - item.start
     open_end = jnp.clip(lax.div(seen_by_first, jnp.int32(block_kv)), 0, blocks)
     open_begin = jnp.int32(0)
     if spec.window is not None:
-        last_position = item.position + (item.last - item.base) - 1
         unseen_by_last = jnp.maximum(last_position - (spec.window - 1) - item.start, 0)
         open_begin = lax.div(unseen_by_last + (block_kv - 1), jnp.int32(block_kv))
         open_begin = jnp.minimum(open_begin, blocks)
@@ -594,11 +601,14 @@ def _compute_item(
     state = lax.fori_loop(open_begin, open_end, functools.partial(advance, masked=False), state)
     state = lax.fori_loop(open_end, blocks, functools.partial(advance, masked=True), state)
 
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(shared.turn))
+
     acc, _, total = state
-    # Rows that saw nothing belong to no token of this row, or to padding.
+    # Only padding saw nothing.
     share = 1.0 / jnp.maximum(total, 1e-30)
     result = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(out_ref.dtype)
     _write(warpgroup, result, out_ref, shared, item, packing=packing)
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(shared.turn))
 
 
 def _tokens_of_rows(warpgroup: Any, packing: _Packing) -> Any:
