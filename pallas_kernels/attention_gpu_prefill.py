@@ -136,12 +136,12 @@ def attend_prefill(
     Every token from `num_decode_rows` on is written, so what `out` holds there does not matter. It
     is updated in place where nothing else needs it.
     """
-    num_tokens = q.shape[0]
-    if num_tokens % _ALIGN:  # a bucket of 1, 2 or 4 tokens
-        more = ((0, -num_tokens % _ALIGN), (0, 0), (0, 0))
+    num_tokens, dtype = q.shape[0], jnp.dtype(spec.kv.dtype)
+    if num_tokens % _ALIGN or q.dtype != dtype:
+        more = ((0, -num_tokens % _ALIGN), (0, 0), (0, 0))  # a bucket of 1, 2 or 4 tokens
         padded = attend_prefill(
-            jnp.pad(q, more),
-            jnp.pad(out, more),
+            jnp.pad(q.astype(dtype), more),
+            jnp.pad(out.astype(dtype), more),
             kv_pages,
             pages,
             layer,
@@ -151,7 +151,7 @@ def attend_prefill(
             tiles=tiles,
             interpret=interpret,
         )
-        return padded[:num_tokens]
+        return padded[:num_tokens].astype(q.dtype)
     if tiles is None:
         guess = prefill_tiles(spec, num_workers=num_multiprocessors(backend.chip))
         tiles = tuning.tiles("gpu_prefill", backend.chip, tuning.attention_key(spec), guess)
