@@ -48,8 +48,6 @@ _WGMMA_ROWS = 64
 _NUM_WARPGROUPS = 2  # that compute
 _TILE_ROWS = _NUM_WARPGROUPS * _WGMMA_ROWS
 _ALIGN = 8  # tokens: rows of a swizzle pattern in shared memory
-_SMEM_BYTES = 232_448  # what a thread block may have
-_COMPUTING_REGISTERS, _LOADING_REGISTERS = 216, 72  # a thread; 2 * 216 + 72 = 3 * 168
 _ROWS = plgpu.Layout.WGMMA.reduce(1)  # of a vector over the rows of an accumulator
 _DTYPES = ("bfloat16", "float16")
 _HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -118,6 +116,11 @@ def prefill_tiles(spec: AttentionSpec, *, num_workers: int) -> PrefillTiles:
     )
 
 
+def _registers(spec: AttentionSpec) -> tuple[int, int]:
+    """Of a thread that computes, and of one that loads: 504 in all, three times a kernel's 168."""
+    return (216, 72) if spec.kv.head_dim <= 128 else (232, 40)
+
+
 def attend_prefill(
     q: Array,  # [T, N, H]
     out: Array,  # [T, N, H]: with the decode rows' results in their tokens
@@ -153,7 +156,9 @@ def attend_prefill(
         )
         return padded[:num_tokens].astype(q.dtype)
     if tiles is None:
-        guess = prefill_tiles(spec, num_workers=num_multiprocessors(backend.chip))
+        # The interpreter is slow.
+        num_workers = 2 if backend.interpret else num_multiprocessors(backend.chip)
+        guess = prefill_tiles(spec, num_workers=num_workers)
         tiles = tuning.tiles("gpu_prefill", backend.chip, tuning.attention_key(spec), guess)
     if interpret is None and backend.interpret:
         interpret = plgpu.InterpretGPUParams()
@@ -182,7 +187,7 @@ def attend_prefill(
         thread_name="warpgroup",
         scratch_types=_scratch(spec, tiles, packing, q.dtype, interpret=interpret is not None),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="attend_prefill",
+        kernel_name="paged_prefill",
         **({} if interpret is None else {"interpret": interpret}),
     )(*operands, result)
     return jax.freeze(result)
@@ -261,7 +266,9 @@ def _columns(head_dim: int) -> int:
 def _swizzled(head_dim: int) -> tuple[Any, ...]:
     """The layout of a [rows, head_dim] matrix of 16-bit values that TMA and wgmma share."""
     columns = _columns(head_dim)
-    return plgpu.TilingTransform((_ALIGN, columns)), plgpu.SwizzleTransform(2 * columns)
+    tiling = plgpu.TilingTransform((_ALIGN, columns))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]
+    return tiling, swizzle
 
 
 def _scratch(
@@ -386,6 +393,7 @@ def _kernel(
     shared = _Shared(**scratch)
     units = spec.num_heads // packing.heads
     warpgroup = lax.axis_index("warpgroup")
+    computing_registers, loading_registers = _registers(spec)
     for_each_item = functools.partial(
         _for_each_item,
         lax.axis_index("worker"),
@@ -397,7 +405,7 @@ def _kernel(
 
     @pl.when(warpgroup == _NUM_WARPGROUPS)
     def _loads() -> None:
-        plgpu.set_max_registers(_LOADING_REGISTERS, action="decrease")
+        plgpu.set_max_registers(loading_registers, action="decrease")
         load_item = functools.partial(
             _load_item,
             q_ref,
@@ -420,7 +428,7 @@ def _kernel(
 
     @pl.when(warpgroup < _NUM_WARPGROUPS)
     def _computes() -> None:
-        plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
+        plgpu.set_max_registers(computing_registers, action="increase")
         compute_item = functools.partial(
             _compute_item,
             warpgroup,
@@ -652,7 +660,7 @@ def _advance(
             _take_turn(shared)  # the tensor cores are the other's, once this is through
             return logits_ref[...]
 
-        logits = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
+        logits = pl.run_scoped(multiply_keys, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     plgpu.barrier_arrive(shared.k_free.at[stage])
 
     factor = spec.scale * _LOG2E  # what takes logits to base 2
@@ -689,7 +697,7 @@ def _advance(
         def add_values(acc_ref: Any) -> None:
             plgpu.wgmma(acc_ref, weights, shared.v_smem.at[stage])
 
-        acc = pl.run_state(add_values)(plgpu.ACC.init(acc))
+        acc = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc))
     plgpu.barrier_arrive(shared.v_free.at[stage])
     return acc, new_top, total
 
@@ -701,7 +709,7 @@ def _multiply(a: Any, b: Any) -> Any:
         plgpu.wgmma(acc_ref, a, b)
         return acc_ref[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def _write(

@@ -118,9 +118,10 @@ def races_found(out: Array) -> bool:
 # The numbers, in the interpreter. Unused slots and pages hold NaN throughout.
 
 
-def test_ragged_rows_are_right_and_nothing_leaks() -> None:
-    spec = make_spec(2, 1, 64, 16)
-    rows = [(1, 5), (1, 40), (0, 3), (19, 150), (1, 17), (16, 16), (7, 135)]
+@pytest.mark.parametrize("window", [None, 20])
+def test_ragged_rows_are_right_and_nothing_leaks(window: int | None) -> None:
+    spec = make_spec(2, 1, 64, 16, window=window)
+    rows = [(1, 5), (1, 40), (0, 3), (19, 150), (1, 17), (0, 0), (16, 16), (7, 135)]
     batch = make_rows(spec, rows, num_decode_rows=2)
     check(batch, spec, prefill(batch, spec))
 
@@ -181,6 +182,24 @@ def test_shares_of_any_size_give_the_same(num_workers: int) -> None:
 def test_head_dims_groups_and_types(spec: AttentionSpec) -> None:
     batch = make_rows(spec, [(1, 9), (21, 100), (33, 161), (1, 64)], num_decode_rows=1)
     check(batch, spec, prefill(batch, spec))
+
+
+@pytest.mark.slow
+def test_queries_of_another_type_than_the_cache() -> None:
+    spec = make_spec(2, 1, 64, 16)
+    batch = make_rows(spec, [(1, 9), (5, 70)], num_decode_rows=1)
+    wide = dataclasses.replace(batch, q=batch.q.astype(jnp.float32))
+    out = prefill(wide, spec)
+    assert out.dtype == jnp.float32
+    check(batch, spec, out.astype(batch.q.dtype))
+
+
+@pytest.mark.slow
+def test_every_layer_reads_its_own_pages() -> None:
+    spec = make_spec(2, 1, 64, 16)
+    batch = make_rows(spec, [(9, 40)])
+    out = prefill(dataclasses.replace(batch, layer=0), spec)  # which holds NaN
+    assert np.isnan(np.asarray(out[:9], np.float32)).all()
 
 
 @pytest.mark.slow
@@ -247,7 +266,7 @@ def test_values_that_are_not_zeroed_leak(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("group", [1, 3, 4, 7, 12])
+@pytest.mark.parametrize("group", [1, 3, 4])
 @pytest.mark.parametrize(
     "rows",
     [[(1, 1)], [(8, 8)] * 5, [(0, 5), (3, 700), (130, 1000), (0, 0), (1, 64)], [(5, 9)] * 30],
