@@ -59,6 +59,7 @@ class PrefillTiles:
 
     block_kv: int  # tokens of KV a step: a multiple of 64
     num_stages: int  # blocks of keys, and of values, in shared memory at a time
+    num_slots: int  # items whose queries are in shared memory at a time
     num_workers: int  # thread blocks, one a multiprocessor
 
 
@@ -109,10 +110,12 @@ def why_not_prefill(spec: AttentionSpec) -> str | None:
 
 def prefill_tiles(spec: AttentionSpec, *, num_workers: int) -> PrefillTiles:
     """Tiles that fit shared memory."""
-    if spec.kv.head_dim > 128:
-        return PrefillTiles(block_kv=64, num_stages=2, num_workers=num_workers)
+    head_dim = spec.kv.head_dim
     return PrefillTiles(
-        block_kv=128, num_stages=2 if spec.kv.head_dim > 64 else 4, num_workers=num_workers
+        block_kv=128 if head_dim <= 128 else 64,
+        num_stages=2 if head_dim > 64 else 4,
+        num_slots=2 if head_dim <= 128 else 1,
+        num_workers=num_workers,
     )
 
 
@@ -284,14 +287,15 @@ def _scratch(
     tiled = _swizzled(head_dim)
     stages = tiles.num_stages
     copies = tiles.block_kv // _box(spec, tiles)
+    q_shape = (tiles.num_slots, _NUM_WARPGROUPS, _WGMMA_ROWS, head_dim)
     kv_shape = (stages, tiles.block_kv, head_dim)
     scratch = {
-        "q_smem": plgpu.SMEM((_NUM_WARPGROUPS, _WGMMA_ROWS, head_dim), dtype, transforms=tiled),
+        "q_smem": plgpu.SMEM(q_shape, dtype, transforms=tiled),
         "k_smem": plgpu.SMEM(kv_shape, dtype, transforms=tiled),
         "v_smem": plgpu.SMEM(kv_shape, dtype, transforms=tiled),
         "token_smem": plgpu.SMEM((_NUM_WARPGROUPS, _WGMMA_ROWS, 64), dtype),
-        "q_full": plgpu.Barrier(num_arrivals=packing.groups),
-        "q_free": plgpu.Barrier(num_arrivals=_NUM_WARPGROUPS),
+        "q_full": plgpu.Barrier(num_arrivals=packing.groups, num_barriers=tiles.num_slots),
+        "q_free": plgpu.Barrier(num_arrivals=_NUM_WARPGROUPS, num_barriers=tiles.num_slots),
         "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "v_edge": plgpu.Barrier(num_arrivals=copies),
@@ -341,13 +345,16 @@ class _Item:
 
 def _for_each_item(
     worker: Any, num_items: Any, tiles_ref: Any, units: int, num_workers: int, visit: Callable
-) -> Any:
-    """visit(item, blocks before it) for each item of a worker's share: its blocks.
+) -> tuple[Any, Any]:
+    """visit(item, blocks before it, items before it) for each item of a worker's share.
+
+    Returns how many blocks and items there were.
 
     Items are dealt out back and forth, so that shares of a falling list are about equal.
     """
 
-    def step(turn: Any, blocks: Any) -> Any:
+    def step(turn: Any, before: tuple[Any, Any]) -> tuple[Any, Any]:
+        blocks, items = before
         place = jnp.where(lax.rem(turn, 2) == 0, worker, num_workers - 1 - worker)
         index = turn * num_workers + place
         in_use = index < num_items
@@ -367,11 +374,11 @@ def _for_each_item(
             kv_len=kv_len,
             blocks=num,
         )
-        pl.when(in_use)(lambda: visit(item, blocks))
-        return blocks + jnp.where(in_use, num, 0)
+        pl.when(in_use)(lambda: visit(item, blocks, items))
+        return blocks + jnp.where(in_use, num, 0), items + in_use.astype(jnp.int32)
 
     turns = lax.div(num_items + (num_workers - 1), num_workers)
-    return lax.fori_loop(0, turns, step, jnp.int32(0))
+    return lax.fori_loop(0, turns, step, (jnp.int32(0), jnp.int32(0)))
 
 
 def _kernel(
@@ -417,7 +424,7 @@ def _kernel(
             tiles=tiles,
             packing=packing,
         )
-        num_blocks = for_each_item(load_item)
+        num_blocks, num_loaded = for_each_item(load_item)
         # Whoever waits at a barrier sees all of its phases.
         for stage in range(tiles.num_stages):
 
@@ -425,6 +432,12 @@ def _kernel(
             def _(stage: int = stage) -> None:
                 plgpu.barrier_wait(shared.k_free.at[stage])
                 plgpu.barrier_wait(shared.v_free.at[stage])
+
+        for slot in range(tiles.num_slots):
+
+            @pl.when(slot < num_loaded)
+            def _(slot: int = slot) -> None:
+                plgpu.barrier_wait(shared.q_free.at[slot])
 
     @pl.when(warpgroup < _NUM_WARPGROUPS)
     def _computes() -> None:
@@ -459,6 +472,7 @@ def _load_item(
     shared: _Shared,
     item: _Item,
     blocks_before: Any,
+    items_before: Any,
     *,
     spec: AttentionSpec,
     tiles: PrefillTiles,
@@ -471,15 +485,21 @@ def _load_item(
     kv_head = lax.div(item.unit, jnp.int32(spec.group // packing.heads))
     first_seen = _first_seen(item, spec)
 
+    slot = lax.rem(items_before, jnp.int32(tiles.num_slots))
+
+    @pl.when(items_before >= tiles.num_slots)
+    def _() -> None:
+        plgpu.barrier_wait(shared.q_free.at[slot])
+
     for group in range(packing.groups):
         head, token = divmod(group * _ALIGN, packing.tokens)
         tokens = pl.ds(
             pl.multiple_of(item.base + token, _ALIGN), _ALIGN
         )  # past the last token TMA fills in zeros
         rows = pl.ds(group * _ALIGN % _WGMMA_ROWS, _ALIGN)
-        target = shared.q_smem.at[group * _ALIGN // _WGMMA_ROWS, rows]
+        target = shared.q_smem.at[slot, group * _ALIGN // _WGMMA_ROWS, rows]
         source = q_ref.at[tokens, item.unit * packing.heads + head]
-        plgpu.copy_gmem_to_smem(source, target, shared.q_full)
+        plgpu.copy_gmem_to_smem(source, target, shared.q_full.at[slot])
 
     @pl.loop(0, item.blocks)
     def _(block: Any) -> None:
@@ -527,8 +547,6 @@ def _load_item(
             for _ in range(copies):
                 plgpu.barrier_arrive(shared.v_full.at[stage])
 
-    plgpu.barrier_wait(shared.q_free)
-
 
 def _forget(values: Any, begin: Any, end: Any) -> None:
     """Zero the values [block_kv, H] that lie before `begin` or from `end` on."""
@@ -557,6 +575,7 @@ def _compute_item(
     shared: _Shared,
     item: _Item,
     blocks_before: Any,
+    items_before: Any,
     *,
     spec: AttentionSpec,
     tiles: PrefillTiles,
@@ -566,7 +585,9 @@ def _compute_item(
     """One warpgroup's 64 rows of an item."""
     block_kv, head_dim = tiles.block_kv, spec.kv.head_dim
     blocks = item.blocks
-    plgpu.barrier_wait(shared.q_full)
+    slot = lax.rem(items_before, jnp.int32(tiles.num_slots))
+    queries = shared.q_smem.at[slot, warpgroup]
+    plgpu.barrier_wait(shared.q_full.at[slot])
     # The second warpgroup is half a block behind the first, within an item: its last turn must not
     # need the first one's next item, whose queries come when both are done with these.
     pl.when(warpgroup == 1)(lambda: _take_turn(shared))
@@ -579,6 +600,7 @@ def _compute_item(
         _advance,
         warpgroup,
         shared,
+        queries,
         item,
         blocks_before,
         positions,
@@ -615,7 +637,9 @@ def _compute_item(
     # Only padding saw nothing.
     share = 1.0 / jnp.maximum(total, 1e-30)
     result = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(out_ref.dtype)
-    _write(warpgroup, result, out_ref, shared, item, packing=packing)
+    # The tile of queries is done with, and takes the result.
+    _write(warpgroup, result, out_ref, queries, shared, item, packing=packing)
+    plgpu.barrier_arrive(shared.q_free.at[slot])
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(shared.turn))
 
 
@@ -631,6 +655,7 @@ def _tokens_of_rows(warpgroup: Any, packing: _Packing) -> Any:
 def _advance(
     warpgroup: Any,
     shared: _Shared,
+    queries: Any,  # [64, H], in shared memory
     item: _Item,
     blocks_before: Any,
     positions: Any,  # [64]: of the rows' tokens
@@ -646,10 +671,10 @@ def _advance(
     acc, top, total = state
     stage = lax.rem(blocks_before + block, jnp.int32(tiles.num_stages))
     shape = (_WGMMA_ROWS, tiles.block_kv)
-    dtype = shared.q_smem.dtype
+    dtype = queries.dtype
     plgpu.barrier_wait(shared.k_full.at[stage])
 
-    queries, keys = shared.q_smem.at[warpgroup], shared.k_smem.at[stage].transpose((1, 0))
+    keys = shared.k_smem.at[stage].transpose((1, 0))
     if interpret:
         logits = _multiply(queries, keys)
         _take_turn(shared)
@@ -713,10 +738,16 @@ def _multiply(a: Any, b: Any) -> Any:
 
 
 def _write(
-    warpgroup: Any, result: Any, out_ref: Any, shared: _Shared, item: _Item, *, packing: _Packing
+    warpgroup: Any,
+    result: Any,
+    out_ref: Any,
+    tile: Any,  # [64, H], in shared memory
+    shared: _Shared,
+    item: _Item,
+    *,
+    packing: _Packing,
 ) -> None:
     """Write the tokens that are the item's own: [64, H] to rows of out [T, N, H]."""
-    tile = shared.q_smem.at[warpgroup]  # its queries are done with
     tile[...] = result
     plgpu.commit_smem()
 
@@ -769,7 +800,6 @@ def _write(
             write_columns(column)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(shared.q_free)
 
 
 def _up(size: Any, multiple: int) -> Any:

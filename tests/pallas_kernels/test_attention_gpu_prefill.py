@@ -290,7 +290,7 @@ def test_every_token_and_what_it_sees_is_in_one_tile(
         num_decode_rows=jnp.int32(num_decode_rows),
         num_pages=64,
     )
-    tiles = PrefillTiles(block_kv=64, num_stages=2, num_workers=1)
+    tiles = PrefillTiles(block_kv=64, num_stages=2, num_slots=1, num_workers=1)
     plan = plan_prefill(pages, spec=spec, tiles=tiles, num_tokens=num_tokens)
     (num_tiles,) = np.asarray(plan.num_tiles).tolist()
     used = np.asarray(plan.tiles)[:num_tiles]
