@@ -79,6 +79,12 @@ OPS = {
         batch=_DECODE,
         rows=((1, 4096),) * 64,
     ),
+    "gpu_prefill": Op(
+        kernel="prefill",
+        space={"block_kv": (64, 128, 192), "num_stages": (2, 3, 4), "num_slots": (1, 2)},
+        batch=_PREFILL,
+        rows=((1024, 4096),),
+    ),
 }
 
 

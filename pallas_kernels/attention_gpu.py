@@ -1,9 +1,13 @@
 """Attention on NVIDIA GPUs: which kernels a chip gets, and whether there are any for a layer.
 
-Hopper (compute capability 9.0) has a decode kernel of its own, for TMA and wgmma
-(`attention_gpu_decode`). Its other rows, and all rows on Ampere, Ada and Blackwell, go by
-`mma.sync` (`attention_gpu_mma`). Mosaic GPU would compile the Hopper kernel for any chip without a
-word and it would fail there, so the architecture is checked here.
+Hopper (compute capability 9.0) has kernels of its own, for TMA and wgmma: one of decode rows
+(`attention_gpu_decode`) and one of all others (`attention_gpu_prefill`). All rows on Ampere, Ada
+and Blackwell, and on Hopper the others of a layer which the prefill kernel refuses, go by
+`mma.sync` (`attention_gpu_mma`). Mosaic GPU would compile the Hopper kernels for any chip without a
+word and they would fail there, so the architecture is checked here.
+
+A step of decode rows alone launches the prefill kernel, too, which finds nothing to do: XLA would
+have to bring a condition to the host to leave it out.
 """
 
 import dataclasses
@@ -13,6 +17,7 @@ from jax import Array
 
 from pallas_kernels.attention_gpu_decode import attend_decode, why_not_decode
 from pallas_kernels.attention_gpu_mma import attend_mma, why_not_mma
+from pallas_kernels.attention_gpu_prefill import attend_prefill, why_not_prefill
 from pallas_kernels.backend import Backend, BackendRefused
 from pallas_kernels.chips import Chip
 from pallas_kernels.types import AttentionSpec, PageMetadata
@@ -32,7 +37,7 @@ def why_not(spec: AttentionSpec, chip: Chip) -> str | None:
         )
     if chip.sm == _HOPPER:
         reason = why_not_decode(spec)
-        if reason is not None:
+        if reason is not None or why_not_prefill(spec) is None:
             return reason
     return why_not_mma(spec, chip=chip)
 
@@ -56,11 +61,15 @@ def attend_gpu(
         raise BackendRefused(f"attention backend 'gpu' refused: {reason}")
     if backend.chip.sm != _HOPPER:
         return attend_mma(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
-    decoded = attend_decode(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
+    out = attend_decode(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
+    if why_not_prefill(spec) is None:
+        return attend_prefill(
+            q, out, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks
+        )
     others = _without_decode_rows(pages)
-    out = attend_mma(q, kv_pages, others, layer, spec=spec, backend=backend, sinks=sinks)
+    rest = attend_mma(q, kv_pages, others, layer, spec=spec, backend=backend, sinks=sinks)
     is_decode = jnp.arange(q.shape[0]) < pages.num_decode_rows
-    return jnp.where(is_decode[:, None, None], decoded, out)
+    return jnp.where(is_decode[:, None, None], out, rest)
 
 
 def _without_decode_rows(pages: PageMetadata) -> PageMetadata:

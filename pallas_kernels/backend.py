@@ -1,5 +1,6 @@
 """Which implementation of attention runs: chosen once, at start-up, and never in silence."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,8 @@ INTERPRETED = {
         interpret=True,
     ),
 }
+
+_INTERPRETER_THREADS = 4  # three warpgroups at most, and the program around them
 
 
 class BackendRefused(ValueError):
@@ -74,6 +77,20 @@ def _why_not_kernel(name: str, spec: AttentionSpec, chip: Chip) -> str | None:
     return kernels.why_not(spec, chip)
 
 
+def _why_not_interpreted(backend: Backend) -> str | None:
+    """Why the interpreter could hang here: a GPU kernel's warpgroups wait for each other.
+
+    Each blocks a thread of XLA's CPU client, and so does the program that runs the kernel.
+    """
+    num_threads = int(os.environ.get("NPROC") or len(os.sched_getaffinity(0)))
+    if backend.name == "gpu" and num_threads < _INTERPRETER_THREADS:
+        return (
+            f"the interpreter of GPU kernels needs {_INTERPRETER_THREADS} threads of XLA, here are "
+            f"{num_threads}: set NPROC={_INTERPRETER_THREADS} in the environment"
+        )
+    return None
+
+
 def choose_backend(
     requested: str, spec: AttentionSpec, *, chip: Chip
 ) -> tuple[Backend, dict[str, str]]:
@@ -90,7 +107,8 @@ def choose_backend(
             reason = why_not(name, spec, chip=chip)
             backend = Backend(name=name, chip=chip)  # pyright: ignore[reportArgumentType]
         else:
-            reason = why_not(backend.name, spec, chip=backend.chip)
+            reason = _why_not_interpreted(backend)
+            reason = reason or why_not(backend.name, spec, chip=backend.chip)
         if reason is None:
             return backend, reasons
         reasons[name] = reason

@@ -16,6 +16,8 @@ for name, value in {
     "JAX_COMPILATION_CACHE_DIR": str(CACHE / "xla"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "JAX_PLATFORMS": "cpu",
+    # Threads of XLA's CPU client: each warpgroup of an interpreted GPU kernel blocks one.
+    "NPROC": str(max(8, os.cpu_count() or 1)),
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",

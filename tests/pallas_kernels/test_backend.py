@@ -33,6 +33,15 @@ def test_reference_runs_only_when_it_is_named() -> None:
     assert (backend.name, reasons) == ("reference", {})
 
 
+def test_the_interpreter_is_refused_where_it_would_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = attention_case("llama-3.1-8b", dtype="bfloat16")
+    assert choose_backend("gpu-interpret", spec, chip=CPU)[0].interpret
+    monkeypatch.setenv("NPROC", "2")
+    with pytest.raises(BackendRefused, match="set NPROC=4"):
+        choose_backend("gpu-interpret", spec, chip=CPU)
+    assert choose_backend("tpu-interpret", spec, chip=CPU)[0].interpret
+
+
 def test_a_latent_cache_must_be_one_row_a_token() -> None:
     kv = KVSpec(
         num_kv_heads=2, head_dim=64, page_size=16, dtype="float32", kind="latent", value_dim=32
