@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         BeamSearchOutput,
         BeamSearchSequence,
         CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
         Logprob,
         RequestOutput,
     )
@@ -34,6 +36,8 @@ _HOMES = {
     "CompletionOutput": "outputs",
     "BeamSearchOutput": "outputs",
     "BeamSearchSequence": "outputs",
+    "EmbeddingOutput": "outputs",
+    "EmbeddingRequestOutput": "outputs",
     "Logprob": "outputs",
 }
 
@@ -44,6 +48,8 @@ __all__ = [
     "BeamSearchParams",
     "BeamSearchSequence",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineConfig",
     "Logprob",
     "RequestOutput",

@@ -179,6 +179,7 @@ class AsyncLLM:
         priority: int = 0,
         lora_request: object | None = None,
         stream_interval: int = 1,
+        pools: bool = False,
     ) -> "OutputStream":
         """Hand prompts to the engine at once; all of them, or none if one is refused.
 
@@ -197,6 +198,7 @@ class AsyncLLM:
                         priority=priority,
                         lora_request=lora_request,
                         stream_interval=stream_interval,
+                        pools=pools,
                     )
                 )
         except BaseException:

@@ -102,6 +102,7 @@ class Client:
         lora_request: object | None = None,
         output_kind: RequestOutputKind | None = None,
         stream_interval: int = 1,
+        pools: bool = False,
     ) -> RequestState:
         """Check a request and hand it to the engine.
 
@@ -109,6 +110,7 @@ class Client:
             request_id: The user's; need not be unique. None: a number.
             output_kind: Overrules the sampling parameters'.
             stream_interval: See `RequestState`.
+            pools: Give the last token's hidden state, and no new token.
 
         Raises:
             RequestError: It is refused; every other request goes on.
@@ -123,6 +125,7 @@ class Client:
                 lora_request=lora_request,
                 output_kind=output_kind,
                 stream_interval=stream_interval,
+                pools=pools,
             )
         except Exception as error:
             notify(self.observers.refused, error, None)
@@ -287,6 +290,7 @@ class Client:
         lora_request: object | None,
         output_kind: RequestOutputKind | None,
         stream_interval: int,
+        pools: bool,
     ) -> RequestState:
         """Check a request and enter it among those that run."""
         self.check_health()
@@ -304,7 +308,7 @@ class Client:
             parsed = self.processor.parse(parsed)
         # The number makes the engine's id unique, so that users may repeat theirs.
         request = self.processor.process(
-            f"{shown_id}-{number}", parsed, sampling, priority=priority
+            f"{shown_id}-{number}", parsed, sampling, priority=priority, pools=pools
         )
         state = RequestState(
             request,

@@ -6,14 +6,21 @@ from typing import Any, Self
 
 from jaxserve.client import Client, open_client, read_template, shut_down_with
 from jaxserve.config import EngineConfig
-from jaxserve.errors import RequestError
+from jaxserve.errors import EngineDeadError, RequestError
 from jaxserve.frontend.beam_search import beam_search
 from jaxserve.frontend.engine_args import engine_config
+from jaxserve.frontend.pooling import embedding, pooling_params
 from jaxserve.frontend.progress import Progress
 from jaxserve.frontend.prompts import ParsedPrompt, Prompt, is_token_ids
 from jaxserve.frontend.request_state import RequestState
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.outputs import BeamSearchOutput, Logprob, RequestOutput
+from jaxserve.outputs import (
+    BeamSearchOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestOutput,
+)
 from jaxserve.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from jaxserve.step import StepStats
 
@@ -132,6 +139,26 @@ class LLM:
         ]
         return self._generate(prompts, sampling_params, use_tqdm, lora_request, priority)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        dimensions: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """Each prompt as a vector of length 1: the hidden state of its last token.
+
+        Args:
+            dimensions: Only the first so many, for models that are trained for it.
+
+        Raises:
+            RequestError: A prompt is refused; none of them runs then.
+        """
+        outputs = self._generate(
+            _as_list(prompts), pooling_params(), use_tqdm, None, None, pools=True
+        )
+        return [_embedded(output, dimensions) for output in outputs]
+
     def render_chat(
         self,
         messages: Messages,
@@ -216,6 +243,8 @@ class LLM:
         use_tqdm: bool | Callable[..., Any],
         lora_request: object | None,
         priority: Sequence[int] | None,
+        *,
+        pools: bool = False,
     ) -> list[RequestOutput]:
         params = self._params_for(sampling_params, len(prompts))
         if priority is not None and len(priority) != len(prompts):
@@ -233,6 +262,7 @@ class LLM:
                         priority=priority[i] if priority is not None else 0,
                         lora_request=lora_request,
                         output_kind=RequestOutputKind.FINAL_ONLY,
+                        pools=pools,
                     )
                     states.append(state)
                 return self._wait(states, progress)
@@ -296,3 +326,14 @@ def _conversations(messages: Any) -> list[Messages]:
         )
     is_one = not messages or not isinstance(messages[0], Sequence)
     return [messages] if is_one else list(messages)
+
+
+def _embedded(output: RequestOutput, dimensions: int | None) -> EmbeddingRequestOutput:
+    if output.pooled is None:
+        raise EngineDeadError(f"request {output.request_id} ended without a hidden state")
+    return EmbeddingRequestOutput(
+        request_id=output.request_id,
+        outputs=EmbeddingOutput(embedding(output.pooled, dimensions).tolist()),
+        prompt_token_ids=output.prompt_token_ids,
+        num_cached_tokens=output.num_cached_tokens,
+    )

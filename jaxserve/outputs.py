@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jaxserve.request import RequestTimes
 
 
@@ -52,6 +54,29 @@ class RequestOutput:
     encoder_prompt_token_ids: list[int] | None = None
     num_cached_tokens: int | None = None
     kv_transfer_params: dict[str, object] | None = field(default=None)
+    pooled: np.ndarray | None = None  # [D] float32: the last token's hidden state, if asked for
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A text as a vector of length 1."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """What `embed` returns for a prompt."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int | None = None
+    finished: bool = True
 
 
 @dataclass(slots=True)

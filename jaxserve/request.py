@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from jaxserve.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -33,6 +35,7 @@ class Request:
     priority: int = 0  # lower runs first under the priority policy
     arrival_s: float = 0.0  # time.monotonic()
     grammar: Grammar | None = None
+    pools: bool = False  # ends with the hidden state of its last token, instead of a new one
     needs_host_tokens: bool = False  # sits out a step until the host has seen its newest token
 
 
@@ -80,3 +83,4 @@ class TokenDelta(NamedTuple):
     error: str | None = None  # set when finish_reason is "error"
     num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     times: RequestTimes = RequestTimes()
+    pooled: np.ndarray | None = None  # [D] float32, of a request that pools

@@ -25,6 +25,7 @@ class RowPlan(NamedTuple):
     new_block_ids: tuple[tuple[int, ...], ...]  # per KV group; appended to the row's page table
     samples: bool  # the last of the tokens yields logits and a new token
     wants_prompt_logprobs: bool = False  # score these (prompt) tokens' successors
+    pools: bool = False  # with `samples`: the hidden state is wanted, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,7 @@ class SampledRow(NamedTuple):
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None  # one per token id, when asked for
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # for positions computed + 1 ...
+    pooled: np.ndarray | None = None  # [D] float32: the hidden state that was sampled from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,7 @@ class Processor:
         *,
         priority: int = 0,
         add_special_tokens: bool = True,
+        pools: bool = False,
     ) -> Request:
         """Check and resolve one request. A grammar is compiled first, which may take seconds.
 
@@ -108,6 +109,7 @@ class Processor:
             priority=priority,
             arrival_s=time.monotonic(),
             grammar=grammar,
+            pools=pools,
             needs_host_tokens=grammar is not None,
         )
 

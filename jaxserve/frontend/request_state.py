@@ -4,6 +4,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxserve.frontend.detokenizer import Detokenizer, priming_tokens
 from jaxserve.frontend.logprobs import to_logprobs, to_prompt_logprobs
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -71,6 +73,7 @@ class RequestState:
         self._num_cached_tokens: int | None = None
         self._times: RequestTimes | None = None
         self._last_taken = False
+        self._pooled: np.ndarray | None = None
         self._lock = threading.Lock()
         priming: list[int] = []
         if tokenizer is not None and sampling.detokenize:
@@ -150,6 +153,8 @@ class RequestState:
             self._prompt_logprobs = to_prompt_logprobs(
                 delta.prompt_logprobs, self._tokenizer, self.request.prompt_token_ids
             )
+        if delta.pooled is not None:
+            self._pooled = delta.pooled
         if self._num_cached_tokens is None:
             self._num_cached_tokens = delta.num_cached_tokens
         new, old = delta.times, self._times
@@ -251,6 +256,7 @@ class RequestState:
             finished=self.finished,
             metrics=self._times,
             num_cached_tokens=self._num_cached_tokens,
+            pooled=self._pooled,
         )
 
 

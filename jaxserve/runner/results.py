@@ -32,6 +32,7 @@ class Launched:
     sampled: Sampled
     num_logprobs: np.ndarray  # [B]; -1: none wanted
     prompt_scores: PromptScores | None
+    hidden: Array | None  # [T, D], when a row pools
     launched_s: float
 
 
@@ -44,6 +45,8 @@ def read(launched: Launched) -> tuple[SampledRow, ...]:
         arrays = jax.device_get((sampled.logprob_ids, sampled.logprobs, sampled.ranks))
     if scores is not None:
         prompt_arrays = jax.device_get((scores.ids, scores.logprobs, scores.ranks))
+    hidden = None if launched.hidden is None else np.asarray(launched.hidden)
+    last = -1  # of the step's tokens, the row's last one
     rows = []
     for i, row in enumerate(launched.plan.rows):
         logprobs = prompt_logprobs = None
@@ -53,8 +56,12 @@ def read(launched: Launched) -> tuple[SampledRow, ...]:
         if scores is not None and prompt_arrays is not None and row.seq_id in scores.spans:
             start, end, count = scores.spans[row.seq_id]
             prompt_logprobs = tuple(_entry(prompt_arrays, j, count) for j in range(start, end))
+        last += row.num_tokens
+        pooled = None
+        if hidden is not None and row.pools:
+            pooled = hidden[last].astype(np.float32)
         new = (token_ids[i],) if row.samples else ()
-        rows.append(SampledRow(row.seq_id, new, logprobs, prompt_logprobs))
+        rows.append(SampledRow(row.seq_id, new, logprobs, prompt_logprobs, pooled))
     return tuple(rows)
 
 

@@ -258,7 +258,8 @@ class Runner:
             ids, values, ranks = score(self._weights, hidden, jax.device_put(targets, there))
             scores = PromptScores(ids, values, ranks, spans)
         num_logprobs = layout.views(blob)["num_logprobs"]
-        return Launched(plan, sampled, num_logprobs, scores, launched_s)
+        pools = any(row.pools for row in plan.rows)
+        return Launched(plan, sampled, num_logprobs, scores, hidden if pools else None, launched_s)
 
     def wait(self, launched: Launched) -> StepResult:
         """Blocks until a step is done and returns what it produced."""

@@ -58,6 +58,7 @@ class Draft:
             new_block_ids=new_blocks,
             samples=samples,
             wants_prompt_logprobs=seq.wants_prompt_logprobs(start, end),
+            pools=samples and seq.request.pools,
         )
         (self.decodes if samples and num_tokens == 1 else self.chunks).append(row)
         self.uncounted.append((seq, num_tokens))

@@ -248,7 +248,17 @@ class Scheduler:
                     continue
             token_ids = () if num_pending else seq.token_ids(num_computed, num_tokens)
             draft.decodes.append(
-                RowPlan(seq.seq_id, seq.row, token_ids, num_computed, 1, new_blocks, True, False)
+                RowPlan(
+                    seq.seq_id,
+                    seq.row,
+                    token_ids,
+                    num_computed,
+                    1,
+                    new_blocks,
+                    True,
+                    False,
+                    seq.request.pools,
+                )
             )
             seq.last_step = number
             seq.num_computed_tokens = num_tokens

@@ -107,6 +107,8 @@ class Sequence:
                 reason, stop_reason = "stop", token_id
             elif len(output) >= request.max_tokens:
                 reason = "length"
+            if request.pools:
+                reason, stop_reason = "stop", None
             if reason is not None:
                 token_ids = token_ids[:count]
                 logprobs = logprobs[:count] if logprobs is not None else None
@@ -124,6 +126,7 @@ class Sequence:
             error,
             self.num_cached_tokens,
             RequestTimes(request.arrival_s, self.scheduled_s, self.first_token_s, finished_s),
+            sampled.pooled,
         )
 
     def end(self, reason: FinishReason, error: str | None, finished_s: float) -> TokenDelta:

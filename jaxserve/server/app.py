@@ -14,6 +14,7 @@ from jaxserve.server.auth import Authentication
 from jaxserve.server.chat import chat_completions
 from jaxserve.server.completions import completions
 from jaxserve.server.context import Context
+from jaxserve.server.embeddings import embeddings
 from jaxserve.server.guards import Guard
 from jaxserve.server.http_metrics import HTTPMetrics
 from jaxserve.server.request_log import AccessLog
@@ -91,6 +92,7 @@ def _routes(config: ServerConfig) -> list[Route]:
         Route("/v1/models/{name:path}", model, methods=["GET"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
     ]

@@ -115,31 +115,38 @@ async def completions(request: Request) -> Response | EventStream:
     return gone_response() if answer is None else json_response(answer)
 
 
-def _prompts(body: CompletionRequest, limits: RequestLimits) -> list[Prompt]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        prompts: list[Prompt] = [prompt]
-    elif not prompt:
-        raise invalid("prompt is empty; send at least one token", "prompt", "empty_array")
-    elif all(isinstance(part, str) for part in prompt) or all(
-        isinstance(part, list) for part in prompt
+def list_of_prompts(given: str | list[Any], limits: RequestLimits, param: str) -> list[Prompt]:
+    """A string, strings, token ids, or lists of them, as a list of prompts.
+
+    Raises:
+        APIError: There are none or too many, or kinds are mixed.
+    """
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise invalid(f"{param} is empty; send at least one token", param, "empty_array")
+    if all(type(part) is int for part in given):
+        return [given]
+    if not all(isinstance(part, str) for part in given) and not all(
+        isinstance(part, list) for part in given
     ):
-        prompts = prompt
-    elif all(type(part) is int for part in prompt):
-        prompts = [prompt]
-    else:
         raise invalid(
-            "prompt mixes kinds; send a string, a list of strings, a list of token ids, or a list "
-            "of such lists",
-            "prompt",
+            f"{param} mixes kinds; send a string, a list of strings, a list of token ids, or a "
+            "list of such lists",
+            param,
             "invalid_type",
         )
-    if len(prompts) > limits.max_prompts:
+    if len(given) > limits.max_prompts:
         raise invalid(
-            f"prompt has {len(prompts)} entries; use at most {limits.max_prompts}",
-            "prompt",
+            f"{param} has {len(given)} entries; use at most {limits.max_prompts}",
+            param,
             "array_above_max_length",
         )
+    return given
+
+
+def _prompts(body: CompletionRequest, limits: RequestLimits) -> list[Prompt]:
+    prompts = list_of_prompts(body.prompt, limits, "prompt")
     n = body.n or 1
     if len(prompts) * n > limits.max_sequences:
         raise invalid(

@@ -42,6 +42,7 @@ async def submit(
     cache_salt: str | None = None,
     priority: int = 0,
     stream_interval: int | None = None,
+    pools: bool = False,
 ) -> OutputStream:
     """Starts the work of a request; the caller closes what comes back.
 
@@ -60,6 +61,7 @@ async def submit(
         request_id=name,
         priority=priority,
         stream_interval=stream_interval or context.config.stream_interval,
+        pools=pools,
     )
 
 
