@@ -231,6 +231,12 @@ class AsyncLLM:
         """End requests; their streams get a last output with finish_reason "abort"."""
         self._wake(self.client.abort(request_id))
 
+    def fail_all(self, error: Exception) -> int:
+        """End every request with an error that its stream raises; returns how many there were."""
+        failed = self.client.fail_all(error)
+        self._wake(failed)
+        return len(failed)
+
     async def check_health(self) -> None:
         """Raises EngineDeadError when the engine has stopped."""
         self.client.check_health()

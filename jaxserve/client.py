@@ -244,6 +244,18 @@ class Client:
             self.engine.abort(Abort(request_id=state.request.request_id))
             notify(self.observers.finished, [state])
 
+    def fail_all(self, error: Exception) -> list[RequestState]:
+        """End every request with an error, which its consumer gets; returns them."""
+        with self._lock:
+            states = list(self._states.values())
+        failed = [state for state in states if self._forget(state)]
+        for state in failed:
+            state.fail(error)
+            self.engine.abort(Abort(request_id=state.request.request_id))
+        if failed:
+            notify(self.observers.finished, failed)
+        return failed
+
     @property
     def num_unfinished(self) -> int:
         """Requests that were submitted and have not ended."""

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 def serve_model(engine: EngineConfig, config: "ServerConfig") -> int:
     """Loads the model and serves it until a signal; the exit code."""
+    from jaxserve.server.app import check_parsers
     from jaxserve.server.logs import configure_logging
     from jaxserve.server.serve import address, open_socket, run
 
     level = os.environ.get("JAXSERVE_LOG_LEVEL", "INFO")
     configure_logging(level=level, log_format=config.log_format, secrets=config.api_keys)
+    check_parsers(config)  # before the model, which takes its time
     start = time.monotonic()
     sock = open_socket(config)  # before the model, so that a taken port shows at once
     where = address(config, sock)

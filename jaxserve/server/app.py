@@ -36,11 +36,8 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":
     Raises:
         ConfigError: A parser is unknown, or what traces need is not installed.
     """
+    check_parsers(config)
     names = _names(llm, config)
-    if config.tool_call_parser is not None:
-        tool_parser(config.tool_call_parser)
-    if config.reasoning_parser is not None:
-        reasoning_parser(config.reasoning_parser)
     context = Context(
         llm=llm,
         config=config,
@@ -66,6 +63,14 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":
         )
     layered = HTTPMetrics(Guard(layered, config.allowed_hosts), context.telemetry.metrics.registry)
     return Application(AccessLog(layered, enabled=not config.disable_access_log), context)
+
+
+def check_parsers(config: ServerConfig) -> None:
+    """Raises ConfigError for the name of a parser that does not exist."""
+    if config.tool_call_parser is not None:
+        tool_parser(config.tool_call_parser)
+    if config.reasoning_parser is not None:
+        reasoning_parser(config.reasoning_parser)
 
 
 class Application:

@@ -11,6 +11,7 @@ from jaxserve.errors import EngineDeadError, JaxserveError, RequestError, Unsupp
 MAX_MESSAGE_CHARS = 1000
 INVALID_REQUEST = "invalid_request_error"
 OVERLOADED = "server_overloaded"
+SHUTTING_DOWN = "server_shutting_down"
 _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
@@ -89,9 +90,9 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
     return APIError(400, message, param=param, code=code)
 
 
-def overloaded(message: str, retry_after_s: float = 1.0) -> APIError:
-    """A 503 that asks to come back."""
-    return APIError(503, message, code=OVERLOADED, retry_after_s=retry_after_s)
+def overloaded(message: str, code: str = OVERLOADED) -> APIError:
+    """A 503 that asks to come back in a second."""
+    return APIError(503, message, code=code, retry_after_s=1)
 
 
 def as_api_error(error: Exception) -> APIError | None:

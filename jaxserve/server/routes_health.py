@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from jaxserve.server.answers import json_response
 from jaxserve.server.context import Context
-from jaxserve.server.errors import APIError, overloaded
+from jaxserve.server.errors import SHUTTING_DOWN, APIError, overloaded
 
 
 async def health(request: Request) -> Response:
@@ -25,7 +25,7 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Ready for traffic: 503 while draining, or when not alive."""
     if Context.of(request).not_ready:
-        raise overloaded("the server is shutting down")
+        raise overloaded("the server is shutting down", SHUTTING_DOWN)
     return await health(request)
 
 

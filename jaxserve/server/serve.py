@@ -16,6 +16,7 @@ import uvicorn
 
 from jaxserve.errors import ConfigError
 from jaxserve.server.app import Application
+from jaxserve.server.errors import SHUTTING_DOWN, APIError
 from jaxserve.server.guarded_http import guarded_protocol
 from jaxserve.server_config import ServerConfig
 
@@ -190,9 +191,11 @@ async def _drain(app: Application, server: uvicorn.Server) -> None:
         and asyncio.get_running_loop().time() < deadline
     ):
         await asyncio.sleep(POLL_S)
-    left = context.llm.client.num_unfinished
-    if left:
-        logger.warning("%d requests did not end within the grace time and are cut off", left)
+    error = APIError(503, "the server is shutting down", code=SHUTTING_DOWN)
+    num_cut = context.llm.fail_all(error)
+    if num_cut:
+        logger.warning("%d requests did not end within the grace time", num_cut)
+        await asyncio.sleep(0.5)  # for their clients to be told
 
 
 def run(app: Application, sock: socket.socket, on_ready: Callable[[], None]) -> int:

@@ -11,7 +11,7 @@ from jaxserve.frontend.prompts import ParsedPrompt, checked_salt
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.answers import CLIENT_LEFT
 from jaxserve.server.context import Context
-from jaxserve.server.errors import invalid, overloaded
+from jaxserve.server.errors import SHUTTING_DOWN, invalid, overloaded
 
 
 def request_name(request: Request, kind: str, given: str | None) -> str:
@@ -52,7 +52,7 @@ async def submit(
     """
     if context.draining:
         context.telemetry.metrics.reject("draining")
-        raise overloaded("the server is shutting down; send this to another")
+        raise overloaded("the server is shutting down; send this to another", SHUTTING_DOWN)
     await context.llm.prepare(sampling)
     salt = _salt(request, context, checked_salt(cache_salt))
     return context.llm.submit(
