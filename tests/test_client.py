@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxserve.frontend.tokenizer_files import load_tokenizer
 from jaxserve.outputs import RequestOutput
 from jaxserve.request import Request
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 from tests.frontend.fake_engine import FakeEngine
 
 EOS = 2
@@ -437,3 +439,31 @@ def test_an_async_llm_that_nobody_holds_stops_its_engine(setup: Setup) -> None:
     reader.join(timeout=5)
     assert not reader.is_alive()
     assert setup.engine.num_shutdowns == 1
+
+
+def test_a_grammar_compiles_while_the_event_loop_goes_on(setup: Setup) -> None:
+    llm = setup.llm("yes")
+    bomb = {"allOf": [{"type": "integer", "multipleOf": p} for p in (9973, 9967, 9949, 9941)]}
+    gaps: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            start = time.monotonic()
+            await asyncio.sleep(0.01)
+            gaps.append(time.monotonic() - start)
+
+    async def go() -> None:
+        ticking = asyncio.create_task(tick())
+        good = StructuredOutputsParams(choice=["yes"])
+        await collect(llm.generate("x", SamplingParams(structured_outputs=good)))
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(json=bomb))
+        with pytest.raises(RequestError, match="longer than 2 s") as error:
+            await collect(llm.generate("x", params))
+        assert error.value.code == "invalid_json_schema"
+        ticking.cancel()
+
+    asyncio.run(go())
+    assert len(gaps) > 20  # two seconds long
+    request = setup.engine.requests[-1]
+    assert request.grammar is not None
+    assert request.needs_host_tokens
