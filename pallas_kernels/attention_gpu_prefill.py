@@ -21,8 +21,7 @@ Values of positions that no query of the tile may see are zeroed in shared memor
 multiplied (0 * NaN is NaN): after the context's end, and before the window. Only the first and last
 block of an item can hold such.
 
-The list of items, longest first, depends on the step's lengths only: XLA computes it once, outside
-of a loop over layers.
+The list of items, longest first, is `gpu_tiles`'s.
 """
 
 import functools
@@ -40,55 +39,24 @@ from jax import Array, lax
 from pallas_kernels import tuning
 from pallas_kernels.backend import Backend
 from pallas_kernels.gpu_split import num_multiprocessors
+from pallas_kernels.gpu_tiles import (
+    ALIGN,
+    TILE_ROWS,
+    Packing,
+    PrefillTiles,
+    box_of,
+    packing_of,
+    plan_prefill,
+)
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 _LOG2E = math.log2(math.e)
 _LEAST = -1e30  # where a row's largest logit starts: finite, so that nothing seen yet gives no NaN
 _WGMMA_ROWS = 64
-_NUM_WARPGROUPS = 2  # that compute
-_TILE_ROWS = _NUM_WARPGROUPS * _WGMMA_ROWS
-_ALIGN = 8  # tokens: rows of a swizzle pattern in shared memory
+_NUM_WARPGROUPS = TILE_ROWS // _WGMMA_ROWS  # that compute
 _ROWS = plgpu.Layout.WGMMA.reduce(1)  # of a vector over the rows of an accumulator
 _DTYPES = ("bfloat16", "float16")
 _HEAD_DIMS = (64, 80, 96, 128, 256)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillTiles:
-    """How the kernel is cut. Static."""
-
-    block_kv: int  # tokens of KV a step: a multiple of 64
-    num_stages: int  # blocks of keys, and of values, in shared memory at a time
-    num_slots: int  # items whose queries are in shared memory at a time
-    num_workers: int  # thread blocks, one a multiprocessor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Packing:
-    """How tokens and query heads fill the rows of a tile: row = head * tokens + token. Static."""
-
-    heads: int  # query heads of one kv head
-    tokens: int  # a multiple of 8
-
-    @property
-    def groups(self) -> int:
-        """Groups of 8 tokens of one head: the unit of copies."""
-        return self.heads * self.tokens // _ALIGN
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["tiles", "num_tiles"], meta_fields=[]
-)
-@dataclass(frozen=True, kw_only=True)
-class PrefillPlan:
-    """The tiles of a step, longest context first."""
-
-    tiles: Array  # [W, 8] int32, columns _ROW and so on
-    num_tiles: Array  # [1] int32
-
-
-# Columns of PrefillPlan.tiles.
-_ROW, _BASE, _FIRST, _LAST, _POSITION, _START, _END, _BLOCKS = range(8)
 
 
 def why_not_prefill(spec: AttentionSpec) -> str | None:
@@ -101,8 +69,8 @@ def why_not_prefill(spec: AttentionSpec) -> str | None:
         return f"the prefill kernel multiplies {' or '.join(_DTYPES)}, the cache is {dtype}"
     if kv.head_dim not in _HEAD_DIMS:
         return f"head_dim={kv.head_dim} is none of {_HEAD_DIMS}"
-    if kv.page_size % _ALIGN or not 8 <= kv.page_size <= 128:
-        return f"page_size={kv.page_size} is not a multiple of {_ALIGN} up to 128"
+    if kv.page_size % ALIGN or not 8 <= kv.page_size <= 128:
+        return f"page_size={kv.page_size} is not a multiple of {ALIGN} up to 128"
     if spec.scale <= 0:
         return f"scale={spec.scale} is not positive"
     return None
@@ -143,8 +111,8 @@ def attend_prefill(
     is updated in place where nothing else needs it.
     """
     num_tokens, dtype = q.shape[0], jnp.dtype(spec.kv.dtype)
-    if num_tokens % _ALIGN or q.dtype != dtype:
-        more = ((0, -num_tokens % _ALIGN), (0, 0), (0, 0))  # a bucket of 1, 2 or 4 tokens
+    if num_tokens % ALIGN or q.dtype != dtype:
+        more = ((0, -num_tokens % ALIGN), (0, 0), (0, 0))  # a bucket of 1, 2 or 4 tokens
         padded = attend_prefill(
             jnp.pad(q.astype(dtype), more),
             jnp.pad(out.astype(dtype), more),
@@ -165,7 +133,7 @@ def attend_prefill(
         tiles = tuning.tiles("gpu_prefill", backend.chip, tuning.attention_key(spec), guess)
     if interpret is None and backend.interpret:
         interpret = plgpu.InterpretGPUParams()
-    packing = _packing(spec.group)
+    packing = packing_of(spec.group)
     plan = plan_prefill(pages, spec=spec, tiles=tiles, num_tokens=num_tokens)
     first_page = (jnp.asarray(layer, jnp.int32) * pages.num_pages).reshape(1)
     result = jax.new_ref(out)
@@ -196,68 +164,11 @@ def attend_prefill(
     return jax.freeze(result)
 
 
-def plan_prefill(
-    pages: PageMetadata, *, spec: AttentionSpec, tiles: PrefillTiles, num_tokens: int
-) -> PrefillPlan:
-    """The tiles of a step, padding tokens among them; rows and their lengths are traced."""
-    size = _packing(spec.group).tokens
-    max_rows = pages.kv_lens.shape[0]
-    box = _box(spec, tiles)
-    row_ids = jnp.arange(max_rows + 1, dtype=jnp.int32)  # the last one stands for the padding
-    end_of_rows = pages.query_starts[pages.num_rows]
-    begins = jnp.append(pages.query_starts[:-1], end_of_rows)
-    ends = jnp.append(pages.query_starts[1:], jnp.int32(num_tokens))
-    is_ours = (row_ids >= pages.num_decode_rows) & (row_ids < pages.num_rows)
-    is_ours = (is_ours | (row_ids == max_rows)) & (ends > begins)
-    bases = begins // _ALIGN * _ALIGN
-    counts = jnp.where(is_ours, (ends - bases + size - 1) // size, 0)
-    last_tile = jnp.cumsum(counts, dtype=jnp.int32)  # of each row, exclusive
-
-    # A row has a tile for each `size` tokens, and one for what is left and the 7 before.
-    num_rows = min(max_rows + 1, num_tokens)
-    most = num_rows + (num_tokens + num_rows * (_ALIGN - 1)) // size
-    tile = jnp.arange(most, dtype=jnp.int32)
-    row = jnp.searchsorted(last_tile, tile, side="right", method="compare_all").astype(jnp.int32)
-    in_use = row <= max_rows
-    row = jnp.minimum(row, max_rows)
-    base = bases[row] + (tile - (last_tile - counts)[row]) * size
-    first = jnp.maximum(base, begins[row])
-    last = jnp.where(in_use, jnp.minimum(base + size, ends[row]), first)
-    is_padding = row == max_rows
-    kv_len = jnp.append(pages.kv_lens, 0)[row]
-    position = kv_len - ends[row]  # of token 0, were it this row's
-    start = jnp.zeros_like(base)
-    if spec.window is not None:
-        start = jnp.maximum(position + first - (spec.window - 1), 0) // box * box
-    blocks = (position + last - start + tiles.block_kv - 1) // tiles.block_kv
-    blocks = jnp.where(is_padding | ~in_use, 0, blocks)
-    row = jnp.minimum(row, max_rows - 1)
-    table = jnp.stack([row, base, first, last, position + base, start, kv_len, blocks], axis=1)
-    order = jnp.argsort(-blocks, stable=True)  # padding has none, and comes before unused tiles
-    return PrefillPlan(tiles=table[order], num_tiles=last_tile[-1:])
-
-
-def _packing(group: int) -> _Packing:
-    """The most heads of a group whose tiles leave at most a fifth of their rows unused."""
-    options = []
-    for heads in range(1, min(group, _TILE_ROWS // _ALIGN) + 1):
-        if group % heads == 0:
-            tokens = _TILE_ROWS // heads // _ALIGN * _ALIGN
-            options.append((min(heads * tokens / _TILE_ROWS, 0.8), heads, tokens))
-    _, heads, tokens = max(options)
-    return _Packing(heads=heads, tokens=tokens)
-
-
-def _box(spec: AttentionSpec, tiles: PrefillTiles) -> int:
-    """Tokens that one TMA copy brings: of one page, and a whole number of them a block."""
-    return math.gcd(spec.kv.page_size, tiles.block_kv)
-
-
-def _sink_rows(sinks: Array, spec: AttentionSpec, packing: _Packing) -> Array:
+def _sink_rows(sinks: Array, spec: AttentionSpec, packing: Packing) -> Array:
     """The sinks in base 2, each at the rows of its head: [units, warpgroups, 64]."""
     rows = jnp.repeat(sinks.astype(jnp.float32) * _LOG2E, packing.tokens)
     rows = rows.reshape(spec.num_heads // packing.heads, packing.heads * packing.tokens)
-    rows = jnp.pad(rows, ((0, 0), (0, _TILE_ROWS - rows.shape[1])))
+    rows = jnp.pad(rows, ((0, 0), (0, TILE_ROWS - rows.shape[1])))
     return rows.reshape(-1, _NUM_WARPGROUPS, _WGMMA_ROWS)
 
 
@@ -269,7 +180,7 @@ def _columns(head_dim: int) -> int:
 def _swizzled(head_dim: int) -> tuple[Any, ...]:
     """The layout of a [rows, head_dim] matrix of 16-bit values that TMA and wgmma share."""
     columns = _columns(head_dim)
-    tiling = plgpu.TilingTransform((_ALIGN, columns))  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((ALIGN, columns))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]
     return tiling, swizzle
 
@@ -277,7 +188,7 @@ def _swizzled(head_dim: int) -> tuple[Any, ...]:
 def _scratch(
     spec: AttentionSpec,
     tiles: PrefillTiles,
-    packing: _Packing,
+    packing: Packing,
     dtype: Any,
     *,
     interpret: bool,
@@ -286,7 +197,7 @@ def _scratch(
     head_dim = spec.kv.head_dim
     tiled = _swizzled(head_dim)
     stages = tiles.num_stages
-    copies = tiles.block_kv // _box(spec, tiles)
+    copies = tiles.block_kv // box_of(spec, tiles)
     q_shape = (tiles.num_slots, _NUM_WARPGROUPS, _WGMMA_ROWS, head_dim)
     kv_shape = (stages, tiles.block_kv, head_dim)
     scratch = {
@@ -391,7 +302,7 @@ def _kernel(
     *refs: Any,  # sink rows [units, warpgroups, 64], if there are any; out [T, N, H]
     spec: AttentionSpec,
     tiles: PrefillTiles,
-    packing: _Packing,
+    packing: Packing,
     interpret: bool,
     **scratch: Any,
 ) -> None:
@@ -476,11 +387,11 @@ def _load_item(
     *,
     spec: AttentionSpec,
     tiles: PrefillTiles,
-    packing: _Packing,
+    packing: Packing,
 ) -> None:
     """Bring an item's queries, keys and values to shared memory, as far ahead as it has room."""
     page_size, block_kv, stages = spec.kv.page_size, tiles.block_kv, tiles.num_stages
-    box = _box(spec, tiles)
+    box = box_of(spec, tiles)
     copies = block_kv // box
     kv_head = lax.div(item.unit, jnp.int32(spec.group // packing.heads))
     first_seen = _first_seen(item, spec)
@@ -492,12 +403,12 @@ def _load_item(
         plgpu.barrier_wait(shared.q_free.at[slot])
 
     for group in range(packing.groups):
-        head, token = divmod(group * _ALIGN, packing.tokens)
+        head, token = divmod(group * ALIGN, packing.tokens)
         tokens = pl.ds(
-            pl.multiple_of(item.base + token, _ALIGN), _ALIGN
+            pl.multiple_of(item.base + token, ALIGN), ALIGN
         )  # past the last token TMA fills in zeros
-        rows = pl.ds(group * _ALIGN % _WGMMA_ROWS, _ALIGN)
-        target = shared.q_smem.at[slot, group * _ALIGN // _WGMMA_ROWS, rows]
+        rows = pl.ds(group * ALIGN % _WGMMA_ROWS, ALIGN)
+        target = shared.q_smem.at[slot, group * ALIGN // _WGMMA_ROWS, rows]
         source = q_ref.at[tokens, item.unit * packing.heads + head]
         plgpu.copy_gmem_to_smem(source, target, shared.q_full.at[slot])
 
@@ -517,7 +428,7 @@ def _load_item(
             for copy, (page, position) in enumerate(places):
                 source = kv_ref.at[first_page + page, :, channel]
                 if box < page_size:
-                    offset = pl.multiple_of(lax.rem(position, jnp.int32(page_size)), _ALIGN)
+                    offset = pl.multiple_of(lax.rem(position, jnp.int32(page_size)), ALIGN)
                     source = kv_ref.at[first_page + page, pl.ds(offset, box), channel]
                 rows = pl.ds(copy * box, box)
                 plgpu.copy_gmem_to_smem(source, target.at[stage, rows], full)
@@ -579,7 +490,7 @@ def _compute_item(
     *,
     spec: AttentionSpec,
     tiles: PrefillTiles,
-    packing: _Packing,
+    packing: Packing,
     interpret: bool,
 ) -> None:
     """One warpgroup's 64 rows of an item."""
@@ -643,7 +554,7 @@ def _compute_item(
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(shared.turn))
 
 
-def _tokens_of_rows(warpgroup: Any, packing: _Packing) -> Any:
+def _tokens_of_rows(warpgroup: Any, packing: Packing) -> Any:
     """Which token of the tile each of the warpgroup's rows is of: [64]."""
     row = plgpu.broadcasted_iota(jnp.int32, (_WGMMA_ROWS,), 0, layout=_ROWS)
     row = row + warpgroup * _WGMMA_ROWS
@@ -745,7 +656,7 @@ def _write(
     shared: _Shared,
     item: _Item,
     *,
-    packing: _Packing,
+    packing: Packing,
 ) -> None:
     """Write the tokens that are the item's own: [64, H] to rows of out [T, N, H]."""
     tile[...] = result
@@ -756,22 +667,22 @@ def _write(
         head = lax.div(row, jnp.int32(packing.tokens))
         return item.base + (row - head * packing.tokens), item.unit * packing.heads + head
 
-    groups_before = warpgroup * (_WGMMA_ROWS // _ALIGN)
-    num_groups = jnp.clip(packing.groups - groups_before, 0, _WGMMA_ROWS // _ALIGN)
+    groups_before = warpgroup * (_WGMMA_ROWS // ALIGN)
+    num_groups = jnp.clip(packing.groups - groups_before, 0, _WGMMA_ROWS // ALIGN)
 
     @pl.loop(0, num_groups)
     def _(group: Any) -> None:
-        row = pl.multiple_of(group * _ALIGN, _ALIGN)
+        row = pl.multiple_of(group * ALIGN, ALIGN)
         token, head = place(row)
 
-        @pl.when((token >= item.first) & (token + _ALIGN <= item.last))
+        @pl.when((token >= item.first) & (token + ALIGN <= item.last))
         def _() -> None:
-            tokens = pl.ds(pl.multiple_of(token, _ALIGN), _ALIGN)
-            plgpu.copy_smem_to_gmem(tile.at[pl.ds(row, _ALIGN)], out_ref.at[tokens, head])
+            tokens = pl.ds(pl.multiple_of(token, ALIGN), ALIGN)
+            plgpu.copy_smem_to_gmem(tile.at[pl.ds(row, ALIGN)], out_ref.at[tokens, head])
 
     # Groups of 8 tokens that other rows have a part in: each token by itself.
-    whole_begin = item.base + _up(item.first - item.base, _ALIGN)
-    whole_end = item.base + lax.div(item.last - item.base, jnp.int32(_ALIGN)) * _ALIGN
+    whole_begin = item.base + _up(item.first - item.base, ALIGN)
+    whole_end = item.base + lax.div(item.last - item.base, jnp.int32(ALIGN)) * ALIGN
 
     @pl.when((item.first < whole_begin) | (whole_end < item.last))
     def _() -> None:
@@ -782,7 +693,7 @@ def _write(
             staged[...] = result[:, column : column + width]
             plgpu.commit_smem()
 
-            @pl.loop(0, num_groups * _ALIGN)
+            @pl.loop(0, num_groups * ALIGN)
             def _(row: Any) -> None:
                 token, head = place(row)
                 is_own = (token >= item.first) & (token < item.last)

@@ -12,15 +12,10 @@ from jax import Array
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels import attention_gpu_prefill
-from pallas_kernels.attention_gpu_prefill import (
-    PrefillTiles,
-    attend_prefill,
-    plan_prefill,
-    prefill_tiles,
-    why_not_prefill,
-)
+from pallas_kernels.attention_gpu_prefill import attend_prefill, prefill_tiles, why_not_prefill
 from pallas_kernels.backend import Backend
 from pallas_kernels.chips import Chip
+from pallas_kernels.gpu_tiles import PrefillTiles, packing_of, plan_prefill
 from pallas_kernels.kv_write import write_kv
 from pallas_kernels.types import AttentionSpec, KVSpec, PageMetadata
 from tests.pallas_kernels.batches import Batch, error, make_batch, oracle
@@ -254,6 +249,25 @@ def test_reading_keys_before_they_are_there_is_caught_as_a_race(
     assert races_found(out)
 
 
+@pytest.mark.slow
+def test_filling_a_stage_that_is_not_free_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = plgpu.barrier_wait
+
+    def wait_but_for_a_stage(barrier: Any) -> None:
+        one_of_many = getattr(barrier, "ref", barrier)
+        if one_of_many.shape != (3,) or one_of_many.dtype.num_arrivals != 2:
+            wait(barrier)
+
+    monkeypatch.setattr(plgpu, "barrier_wait", wait_but_for_a_stage)
+    spec = make_spec(2, 1, 64, 16)
+    batch = make_rows(spec, [(9, 320)])
+    try:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="no threads observed phase"):
+            prefill(batch, spec, num_workers=1, num_stages=3, block_kv=64)
+    finally:
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
 @pytest.mark.usefixtures("products_are_loads")
 def test_values_that_are_not_zeroed_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_gpu_prefill, "_forget", lambda *_: None)
@@ -294,7 +308,7 @@ def test_every_token_and_what_it_sees_is_in_one_tile(
     plan = plan_prefill(pages, spec=spec, tiles=tiles, num_tokens=num_tokens)
     (num_tiles,) = np.asarray(plan.num_tiles).tolist()
     used = np.asarray(plan.tiles)[:num_tiles]
-    size = attention_gpu_prefill._packing(group).tokens
+    size = packing_of(group).tokens
     owner = {}
     for row, base, first, last, position, start, kv_len, blocks in used.tolist():
         assert base % 8 == 0
@@ -319,7 +333,7 @@ def test_every_token_and_what_it_sees_is_in_one_tile(
 
 def test_a_group_of_any_size_fills_most_of_a_tile() -> None:
     for group in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32, 64, 71):
-        packing = attention_gpu_prefill._packing(group)
+        packing = packing_of(group)
         assert group % packing.heads == 0
         assert 0.75 * 128 <= packing.heads * packing.tokens <= 128, group
 
