@@ -136,7 +136,8 @@ def test_forced_tools_are_called_with_arguments_that_fit(client: openai.OpenAI) 
     tool: Any = {"type": "function", "function": {"name": "describe", "parameters": CITY}}
     messages: Any = [{"role": "user", "content": "Describe Paris."}]
     named: Any = {"type": "function", "function": {"name": "describe"}}
-    for choice, reason in (("required", "tool_calls"), (named, "stop")):
+    choices: Any = (("required", "tool_calls"), (named, "stop"))
+    for choice, reason in choices:
         answer = client.chat.completions.create(
             model="demo", messages=messages, tools=[tool], tool_choice=choice, temperature=1,
             seed=2, max_tokens=120,

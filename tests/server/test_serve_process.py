@@ -82,7 +82,7 @@ def test_a_server_starts_serves_and_drains_on_sigterm(launch: Any, tmp_path: Pat
     config.write_text("served-model-name: [tiny, demo]\nport: 0\nlog-format: json\n")
     process = launch(
         "demo", *SMALL, "--config", str(config), "--api-key-file", str(keys),
-        "--shutdown-timeout-s=20", env={"JAXSERVE_ENABLE_PROMPT_TOKENS_DETAILS": "1"},
+        "--shutdown-timeout-s=120", env={"JAXSERVE_ENABLE_PROMPT_TOKENS_DETAILS": "1"},
     )  # fmt: skip
     url = process.wait_ready()
     assert url.startswith("http://127.0.0.1:")
