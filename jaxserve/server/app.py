@@ -1,5 +1,6 @@
 """The application: routes, and the layers that every request passes."""
 
+import contextlib
 import hashlib
 import json
 from functools import partial
@@ -9,6 +10,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.async_llm import AsyncLLM
+from jaxserve.errors import RequestError
 from jaxserve.frontend.parsers.registry import reasoning_parser, tool_parser
 from jaxserve.server.auth import Authentication
 from jaxserve.server.chat import chat_completions
@@ -37,6 +39,9 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":
         ConfigError: A parser is unknown, or what traces need is not installed.
     """
     check_parsers(config)
+    if llm.client.tokenizer is not None:  # else the first such request would hold up the others
+        with contextlib.suppress(RequestError):  # no end token: refused when asked for
+            llm.client.prepare_structured_outputs()
     names = _names(llm, config)
     context = Context(
         llm=llm,
