@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jaxserve.async_llm import AsyncLLM
 from jaxserve.errors import RequestError
 from jaxserve.frontend.parsers.registry import reasoning_parser, tool_parser
+from jaxserve.server.anthropic_messages import count_tokens, messages
 from jaxserve.server.auth import Authentication
 from jaxserve.server.chat import chat_completions
 from jaxserve.server.completions import completions
@@ -20,6 +21,7 @@ from jaxserve.server.embeddings import embeddings
 from jaxserve.server.guards import Guard
 from jaxserve.server.http_metrics import HTTPMetrics
 from jaxserve.server.request_log import AccessLog
+from jaxserve.server.responses import no_response, responses
 from jaxserve.server.routes_health import health, own_version, ready, show_version
 from jaxserve.server.routes_metrics import metrics
 from jaxserve.server.routes_models import model, models
@@ -103,6 +105,12 @@ def _routes(config: ServerConfig) -> list[Route]:
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/embeddings", embeddings, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/responses/{name}", no_response, methods=["GET", "DELETE"]),
+        Route("/v1/responses/{name}/cancel", no_response, methods=["POST"]),
+        Route("/v1/responses/{name}/input_items", no_response, methods=["GET"]),
+        Route("/v1/messages", messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
     ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jaxserve.server.error_shapes import error_response
 from jaxserve.server.errors import APIError
 
 OPEN = frozenset({"/health", "/ready", "/ping"})
@@ -46,12 +47,12 @@ class Authentication:
             return
         tenant = self._tenant(scope)
         if tenant is None:
-            await _unauthorized().response()(scope, receive, send)
+            await error_response(_unauthorized(), scope)(scope, receive, send)
             return
         scope["state"]["tenant"] = tenant
         if self._max_concurrent is not None and self._num_running[tenant] >= self._max_concurrent:
             self._on_limit()
-            await _too_many(self._max_concurrent).response()(scope, receive, send)
+            await error_response(_too_many(self._max_concurrent), scope)(scope, receive, send)
             return
         self._num_running[tenant] += 1
         try:

@@ -6,6 +6,7 @@ import re
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxserve.server.error_shapes import error_response
 from jaxserve.server.errors import APIError, as_api_error, internal_error, invalid
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Guard:
                 answer = internal_error(name)
             if started:
                 raise  # the connection breaks, so that a cut answer does not look whole
-            await answer.response()(scope, receive, send_safely)
+            await error_response(answer, scope)(scope, receive, send_safely)
 
     def _check_host(self, scope: Scope) -> None:
         hosts = [value for name, value in scope["headers"] if name == b"host"]

@@ -14,11 +14,12 @@ from jaxserve.server.context import Context
 from jaxserve.server.errors import SHUTTING_DOWN, invalid, overloaded
 
 
-def request_name(request: Request, kind: str, given: str | None) -> str:
+def request_name(request: Request, kind: str, given: str | None, separator: str = "-") -> str:
     """The answer's id: `cmpl-` and the like, then the header's, the body's or a random one."""
     header = request.headers.get("x-request-id")
     scope_id = request.scope["state"]["request_id"]
-    return f"{kind}-{scope_id if header or given is None else given or uuid.uuid4().hex}"
+    name = scope_id if header or given is None else given or uuid.uuid4().hex
+    return f"{kind}{separator}{name}"
 
 
 def priority_of(request: Request, given: int | None) -> int:
