@@ -1,4 +1,4 @@
-"""The command line: `jaxserve serve`, `generate`, `chat`, `demo`, `bench` and `collect-env`.
+"""The command line: `jaxserve serve`, `generate`, `chat`, `bench` and the others of COMMANDS.
 
 Nothing heavy is imported here: the help of a command needs its flags only, and a command imports
 JAX when it runs.
@@ -11,8 +11,11 @@ from types import ModuleType
 COMMANDS = {
     "serve": "an OpenAI-compatible HTTP server",
     "generate": "complete one or several prompts",
-    "chat": "talk with a model in the terminal",
+    "chat": "talk with a model, or with a server, in the terminal",
+    "complete": "complete prompts on a running server",
+    "run-batch": "answer a file of requests, in OpenAI's batch format",
     "demo": "several prompts at once on the demo model",
+    "bench serve": "how fast a running server answers, under a load",
     "bench throughput": "how many tokens a second, with many requests at once",
     "bench latency": "how long one batch takes",
     "collect-env": "versions, devices and settings, for a bug report",
@@ -87,8 +90,14 @@ def _command(name: str) -> ModuleType:
             from jaxserve.commands import generate as module
         case "chat":
             from jaxserve.commands import chat as module
+        case "complete":
+            from jaxserve.commands import complete as module
+        case "run-batch":
+            from jaxserve.commands import run_batch as module
         case "demo":
             from jaxserve.commands import demo as module
+        case "bench serve":
+            from jaxserve.commands import bench_serve as module
         case "bench throughput":
             from jaxserve.commands import bench_throughput as module
         case "bench latency":

@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "llm": f"client frontend {ALL}",
         "async_llm": f"client frontend {ALL}",
         "server": f"async_llm client frontend {ALL}",
-        "commands": f"llm async_llm server {ALL}",
+        "commands": f"llm async_llm server frontend {ALL}",
         "cli": f"commands {ALL}",
         "__init__": f"llm async_llm {ALL}",
         "__main__": "cli",

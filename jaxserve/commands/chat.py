@@ -1,29 +1,38 @@
 """Talk with a model in the terminal; answers are streamed.
 
-Ctrl-C stops an answer, Ctrl-D or /exit ends the conversation, /help lists what else there is. Where
-neither a flag nor the model says otherwise, the temperature is 0.7 and an answer as long as fits.
+The model runs in this process, or with --url on a server. Ctrl-C stops an answer, Ctrl-D or /exit
+ends the conversation, /help lists what else there is. Where neither a flag nor the model says
+otherwise, the temperature is 0.7 and an answer as long as fits; a server has its own defaults.
 """
 
 import argparse
 import asyncio
-import sys
+from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jaxserve.commands.engine_args import add_engine_arguments, add_model_argument, engine_config
+from jaxserve.commands.lines import line_reader, note
+from jaxserve.commands.parser import UsageError
+from jaxserve.commands.remote.arguments import add_remote_arguments
 from jaxserve.commands.sampling_args import (
     SINGLE_ANSWER,
     add_sampling_arguments,
     given_fields,
+    request_fields,
     sampling_params,
 )
+from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDeadError, JaxserveError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
-    from jaxserve.commands.streams import Figures, Streamer
+    from jaxserve.commands.streams import Figures, Messages
 
-USAGE = "[MODEL] [-q MESSAGE] [--system TEXT] [flags]"
+USAGE = "[MODEL | --url URL] [-q MESSAGE] [--system TEXT] [flags]"
+HINT = "Write a message. /help lists commands, Ctrl-D ends."
+type Stream = Callable[[Messages, Callable[[str], None]], Coroutine[None, None, Figures]]
 HELP = """/exit   end (or Ctrl-D)
 /reset  forget the conversation, keep the system message
 /help   show this
@@ -34,37 +43,62 @@ DEFAULTS = {"temperature": 0.7, "max_tokens": None}  # under the model's own and
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     parser.add_argument("-q", "--quick", metavar="MESSAGE", help="answer this one message and end")
-    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--system", "--system-prompt", metavar="TEXT", help="system message")
     parser.add_argument("--stats", action="store_true", help="a line of figures after each answer")
     parser.add_argument("--quiet", action="store_true", help="no start-up table, no hints")
+    add_remote_arguments(parser, default_url=None)
     add_sampling_arguments(parser, without=SINGLE_ANSWER)
     add_engine_arguments(parser, without={"seed"})
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.url is not None:
+        return _run_remote(args)
+    if args.model_name is not None or args.api_key is not None:
+        raise UsageError("--model-name and --api-key need --url; add it, or name a MODEL")
     from jaxserve.commands.session import open_streamer
 
     config = engine_config(args)
     sampling_params(args, {})  # wrong values are told before the model loads
     with asyncio.Runner() as runner, open_streamer(config, quiet=args.quiet) as streamer:
         defaults = given_fields(streamer.default_sampling)
-        chat = Conversation(streamer, runner, args.system, stats=args.stats)
-        chat.sampling = sampling_params(args, DEFAULTS | defaults)
-        if args.quick is not None:
-            return chat.answer(args.quick)
-        return chat.repeat(_line_reader(hints=not args.quiet))
+        sampling = sampling_params(args, DEFAULTS | defaults)
+        return _converse(args, runner, partial(streamer.stream, sampling))
+
+
+def _run_remote(args: argparse.Namespace) -> int:
+    names = {field.name for field in fields(EngineConfig)}
+    given = names.intersection(vars(args)) - {"model"} - request_fields(args).keys()
+    if args.model is not None or args.model_flag is not None:
+        raise UsageError("with --url the model is the server's; take MODEL out, or --url")
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
+        raise UsageError(f"with --url the engine is the server's; take {flags} out, or --url")
+    from jaxserve.commands.remote.opening import open_api
+
+    api = open_api(args.url, api_key=args.api_key)
+
+    from jaxserve.commands.remote.streamer import RemoteStreamer
+
+    streamer = RemoteStreamer(api, args.model_name, request_fields(args))
+    with asyncio.Runner() as runner:
+        return _converse(args, runner, streamer.chat)
+
+
+def _converse(args: argparse.Namespace, runner: asyncio.Runner, stream: Stream) -> int:
+    chat = Conversation(stream, runner, args.system, stats=args.stats)
+    if args.quick is not None:
+        return chat.answer(args.quick)
+    return chat.repeat(line_reader(None if args.quiet else HINT))
 
 
 class Conversation:
     """The messages so far, and the means to go on."""
 
     def __init__(
-        self, streamer: "Streamer", runner: asyncio.Runner, system: str | None, *, stats: bool
+        self, stream: Stream, runner: asyncio.Runner, system: str | None, *, stats: bool
     ) -> None:
-        from jaxserve.sampling_params import SamplingParams
-
-        self.streamer = streamer
-        self.sampling = SamplingParams()
+        self._stream = stream
         self._runner = runner
         self._stats = stats
         self._system = [{"role": "system", "content": system}] if system else []
@@ -80,20 +114,20 @@ class Conversation:
                     break
                 case "/reset":
                     self.messages = list(self._system)
-                    _note("the conversation starts anew")
+                    note("the conversation starts anew")
                 case "/help":
-                    _note(HELP)
+                    note(HELP)
                 case text if text.startswith("/") and " " not in text:
-                    _note(f"unknown command {text}; use /exit, /reset or /help")
+                    note(f"unknown command {text}; use /exit, /reset or /help")
                 case _:
                     try:
                         self.answer(line)
                     except KeyboardInterrupt:
-                        _note("\n(stopped)")
+                        note("\n(stopped)")
                     except EngineDeadError:
                         raise
                     except JaxserveError as error:
-                        _note(f"error: {error} (/reset starts a new conversation)")
+                        note(f"error: {error} (/reset starts a new conversation)")
         return 0
 
     def answer(self, text: str) -> int:
@@ -111,7 +145,7 @@ class Conversation:
             print(piece, end="", flush=True)
 
         try:
-            figures = self._runner.run(self.streamer.stream(self.messages, self.sampling, write))
+            figures = self._runner.run(self._stream(self.messages, write))
         finally:
             if written:
                 self.messages.append({"role": "assistant", "content": "".join(written)})
@@ -119,52 +153,5 @@ class Conversation:
                 self.messages.pop()
         print(flush=True)
         if self._stats:
-            _note(_stats_line(figures))
+            note(figures.line())
         return 0
-
-
-def _stats_line(f: "Figures") -> str:
-    return (
-        f"[{f.num_prompt_tokens} tokens in, {f.num_cached_tokens} of them cached, "
-        f"{f.num_output_tokens} out, {f.finish_reason}; first after {f.ttft_s * 1000:.0f} ms, "
-        f"then {f.tokens_per_s:.1f} tokens/s]"
-    )
-
-
-def _line_reader(*, hints: bool) -> "Callable[[], str | None]":
-    """A function that returns the next message, or None at the end."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return _read_plain
-    if hints:
-        _note("Write a message. /help lists commands, Ctrl-D ends.")
-    from prompt_toolkit import PromptSession
-
-    session: PromptSession[str] = PromptSession()
-    hit = 0  # Ctrl-C at an empty prompt, in a row
-
-    def read() -> str | None:
-        nonlocal hit
-        while True:
-            try:
-                line = session.prompt("> ")
-            except EOFError:
-                return None
-            except KeyboardInterrupt:
-                hit = 0 if session.default_buffer.text else hit + 1
-                if hit > 1:
-                    raise
-                _note("(Ctrl-D or /exit ends; Ctrl-C once more, too)")
-                continue
-            hit = 0
-            return line
-
-    return read
-
-
-def _read_plain() -> str | None:
-    line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

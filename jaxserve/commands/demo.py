@@ -85,7 +85,7 @@ async def _show_plain(
 
     async def ask(i: int, question: str) -> "Figures":
         pieces: list[str] = []
-        figures = await streamer.stream(_message(question), sampling, pieces.append)
+        figures = await streamer.stream(sampling, _message(question), pieces.append)
         print(f"[{i + 1}] {question}\n{''.join(pieces).strip()}\n", flush=True)
         return figures
 
@@ -126,7 +126,7 @@ async def _show_live(
         try:
             figures = await asyncio.gather(
                 *(
-                    streamer.stream(_message(question), sampling, pieces.append)
+                    streamer.stream(sampling, _message(question), pieces.append)
                     for question, pieces in zip(questions, answers, strict=True)
                 )
             )

@@ -62,6 +62,16 @@ def sampling_params(args: argparse.Namespace, defaults: dict[str, Any]) -> Sampl
         raise UsageError(str(error)) from error
 
 
+def request_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, as fields of a request to a server; it has the defaults.
+
+    Raises:
+        UsageError: A value is not allowed.
+    """
+    sampling_params(args, {})
+    return {name: value for name, value in vars(args).items() if name in _FLAGS}
+
+
 def given_fields(params: SamplingParams) -> dict[str, Any]:
     """What a model's default sampling parameters change; to be laid under the flags."""
     plain = SamplingParams()

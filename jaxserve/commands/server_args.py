@@ -75,6 +75,19 @@ HELP = {
     "max_schema_bytes": "bytes of a JSON schema or grammar",
 }
 _NOT_A_FLAG = {"api_keys", "limits"}
+_OF_ANSWERS = {
+    "served_model_name", "response_role", "default_chat_template_kwargs", "enable_auto_tool_choice",
+    "tool_call_parser", "exclude_tools_when_tool_choice_none", "reasoning_parser",
+    "enable_prompt_tokens_details", "return_tokens_as_token_ids", "allow_unknown_fields",
+}  # fmt: skip
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that shape answers, for a command that listens to no network."""
+    group = parser.add_argument_group("answers")
+    for field in fields(ServerConfig):
+        if field.name in _OF_ANSWERS:
+            group.add_argument(_flag(field), dest=field.name, **_options(field))
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:

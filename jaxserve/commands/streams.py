@@ -32,6 +32,14 @@ class Figures:
         decode_s = self.total_s - self.ttft_s
         return (self.num_output_tokens - 1) / decode_s if self.num_output_tokens > 1 else 0.0
 
+    def line(self) -> str:
+        """All of it for people."""
+        return (
+            f"[{self.num_prompt_tokens} tokens in, {self.num_cached_tokens} of them cached, "
+            f"{self.num_output_tokens} out, {self.finish_reason}; first after "
+            f"{self.ttft_s * 1000:.0f} ms, then {self.tokens_per_s:.1f} tokens/s]"
+        )
+
 
 class Streamer:
     """Answers conversations piece by piece; cancelling an answer aborts its request."""
@@ -45,7 +53,7 @@ class Streamer:
         return self.llm.get_default_sampling_params()
 
     async def stream(
-        self, messages: Messages, sampling: SamplingParams, write: Callable[[str], None]
+        self, sampling: SamplingParams, messages: Messages, write: Callable[[str], None]
     ) -> Figures:
         """Calls `write` with each new piece of the answer.
 

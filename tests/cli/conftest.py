@@ -3,10 +3,16 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from jaxserve.checkpoint import Checkpoint, open_checkpoint
+from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.frontend.tokenizer_files import load_tokenizer
+from jaxserve.request import Request
+from tests.server.running import RunningServer, scripted
 
 ROOT = Path(__file__).parent.parent.parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -37,3 +43,25 @@ def jaxserve() -> Run:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint("demo", load_format="dummy")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    return load_tokenizer(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[RunningServer]:
+    """A server whose model tells the length of the prompt."""
+
+    def counted(request: Request, choice: int) -> str:
+        return f"You have {len(request.prompt_token_ids)} tokens."
+
+    running = scripted(checkpoint, tokenizer, counted, delay_s=0.002)
+    yield running
+    running.stop()
