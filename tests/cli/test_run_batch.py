@@ -122,19 +122,19 @@ def test_files_that_cannot_be_used_are_told_before_the_model_loads(
 
 def test_a_file_is_answered_by_a_model(jaxserve: Run, small: list[str], tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    fields: dict[str, Any] = {"model": "tiny", "max_tokens": 5, "ignore_eos": True}
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    fields: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 12}
     lines = [
         line("a", prompt="The capital of France is", **fields),
         "nonsense",
-        line("b", "/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}], **fields),
+        line("b", "/v1/chat/completions", messages=messages, **fields),
     ]
     source.write_text("\n".join(lines) + "\n")
-    flags = ["-i", str(source), "-o", str(target), "--model", "demo", "--load-format", "dummy"]
-    flags += ["--hf-overrides", '{"num_hidden_layers": 1}', *small, "--max-num-seqs", "2"]
-    run = jaxserve("run-batch", *flags, "--served-model-name", "tiny")
+    flags = ["-i", str(source), "-o", str(target), "--model", "demo"]
+    run = jaxserve("run-batch", *flags, "--served-model-name", "tiny", *small)
     assert run.returncode == 0, run.stderr
     a, bad, b = [json.loads(row) for row in target.read_text().splitlines()]
-    assert a["response"]["body"]["usage"]["completion_tokens"] == 5
+    assert "Paris" in a["response"]["body"]["choices"][0]["text"]
     assert bad["error"]["message"] == "line 2: it is not JSON"
-    assert b["response"]["body"]["choices"][0]["finish_reason"] == "length"
+    assert "Paris" in b["response"]["body"]["choices"][0]["message"]["content"]
     assert f"3 requests, 1 of them failed: {target}" in run.stderr
