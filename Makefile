@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit bench lock install compilers clean
+.PHONY: help demo serve test lint unit bench lock install compilers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,6 +24,9 @@ lint: install  ## format, lint and types only
 
 unit: install compilers  ## tests only; JOBS=n processes, ARGS="--slow -k name" for pytest
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+serve: install  ## the HTTP server with the demo model, on port 8000; ARGS="--port 9000"
+	@$(BIN)/jaxserve serve demo $(ARGS)
 
 bench: install  ## throughput and latency of the demo model on this machine
 	$(BIN)/jaxserve bench throughput --model demo
