@@ -56,10 +56,14 @@ def run(args: argparse.Namespace) -> int:
     llm = AsyncLLM.from_engine_args(with_progress(engine, quiet=args.quiet))
     try:
         show(llm, args.quiet)
-        with asyncio.Runner() as runner:
-            num_failed, num = runner.run(
-                answer_file(make_app(llm, config), lines, output, args.max_concurrency, args.quiet)
-            )
+        app = make_app(llm, config)
+        try:
+            with asyncio.Runner() as runner:
+                num_failed, num = runner.run(
+                    answer_file(app, lines, output, args.max_concurrency, args.quiet)
+                )
+        finally:
+            app.context.close()
         alive = llm.is_running
     finally:
         llm.shutdown()

@@ -54,6 +54,7 @@ class Tokenizer:
                 special_ids |= set() if token_id is None else {token_id}
         self.all_special_ids: list[int] = sorted(special_ids)
         self._decoded: dict[int, str] = {}
+        self.render_chat = render_chat  # a server puts a process in its place
         self._max_token_chars: int | None = None
         self._lock = threading.Lock()
 
@@ -144,7 +145,7 @@ class Tokenizer:
             template = self.chat_templates.get("tool_use", template)
         elif chat_template in self.chat_templates:
             template = self.chat_templates[chat_template]
-        text = render_chat(
+        text = self.render_chat(
             template,
             conversation,
             tools=tools,

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.async_llm import AsyncLLM
 from jaxserve.errors import RequestError
+from jaxserve.frontend.chat_process import ChatProcess
 from jaxserve.frontend.parsers.registry import reasoning_parser, tool_parser
 from jaxserve.server.anthropic_messages import count_tokens, messages
 from jaxserve.server.auth import Authentication
@@ -41,7 +42,10 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":
         ConfigError: A parser is unknown, or what traces need is not installed.
     """
     check_parsers(config)
+    chat_process = ChatProcess()
     if llm.client.tokenizer is not None:  # else the first such request would hold up the others
+        chat_process.start()
+        llm.client.tokenizer.render_chat = chat_process.render
         with contextlib.suppress(RequestError):  # no end token: refused when asked for
             llm.client.prepare_structured_outputs()
     names = _names(llm, config)
@@ -51,6 +55,7 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":
         names=names,
         fingerprint=_print(llm),
         telemetry=Telemetry(llm, config, names[0]),
+        chat_process=chat_process,
     )
     layered: ASGIApp = Authentication(
         Router(_routes(config), redirect_slashes=False),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 from starlette.requests import Request
 
-from jaxserve.async_llm import LONG_TEXT_CHARS, OutputStream
+from jaxserve.async_llm import OutputStream
 from jaxserve.errors import RequestError
 from jaxserve.frontend.parsers.forced import JsonListParser, NamedToolParser
 from jaxserve.frontend.parsers.output_parser import OutputParser
@@ -226,11 +226,8 @@ async def render_prompt(context: Context, body: ChatCompletionRequest) -> str:
         "add_generation_prompt": not body.continue_final_message if add is None else add,
         "continue_final_message": bool(body.continue_final_message),
     }
-    render = context.llm.client.render_text
-    size = sum(len(str(message.get("content"))) for message in body.messages)
-    if size > LONG_TEXT_CHARS:
-        return await asyncio.to_thread(render, body.messages, kwargs, **options)
-    return render(body.messages, kwargs, **options)
+    # In a thread, for it waits for the process that renders.
+    return await asyncio.to_thread(context.llm.client.render_text, body.messages, kwargs, **options)
 
 
 def _sampling(

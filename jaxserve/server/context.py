@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from jaxserve.async_llm import AsyncLLM
+from jaxserve.frontend.chat_process import ChatProcess
 from jaxserve.server.errors import APIError, invalid
 from jaxserve.server.telemetry import Telemetry
 from jaxserve.server_config import ServerConfig
@@ -25,6 +26,7 @@ class Context:
     names: tuple[str, ...]
     fingerprint: str
     telemetry: Telemetry
+    chat_process: ChatProcess
     created_s: int = field(default_factory=lambda: int(time.time()))
     not_ready: bool = False  # a signal came: new work is still taken for a moment
     draining: bool = False
@@ -32,6 +34,11 @@ class Context:
     @classmethod
     def of(cls, request: Request) -> "Context":
         return request.scope["state"]["context"]
+
+    def close(self) -> None:
+        """Ends what watches the engine and what renders templates. May be called again."""
+        self.telemetry.close()
+        self.chat_process.close()
 
     def check_model(self, name: str | None, *, required: bool = True) -> str:
         """The name to answer with.

@@ -130,7 +130,7 @@ async def serve(
                     await task
             await server.shutdown(sockets=[sock])
     finally:
-        app.context.telemetry.close()
+        app.context.close()
         for number in signals:
             loop.remove_signal_handler(number)
         sock.close()
