@@ -11,6 +11,7 @@ import pytest
 
 from jaxserve.checkpoint import Checkpoint
 from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.request import Request
 from jaxserve.server.responses_input import as_chat
 from jaxserve.server.responses_protocol import ResponsesRequest
 from jaxserve.server.schema import read
@@ -183,16 +184,21 @@ def test_calls_are_items_whole_and_streamed(start: Start, connect: Connect) -> N
     assert [item.type for item in single.output] == ["message", "function_call"]
 
 
+def forced_call(request: Request, choice: int) -> str:
+    """What the schema of the request allows: a list of calls, or the arguments of one."""
+    listed = "array" in str(request.sampling.structured_outputs)
+    return '[{"name": "weather", "parameters": {"city": "Oslo"}}]' if listed else '{"city": "Oslo"}'
+
+
 def test_tool_choices_force_and_allow(start: Start, connect: Connect) -> None:
-    forced = connect(start('[{"name": "weather", "parameters": {"city": "Oslo"}}]'))
-    named = connect(start('{"city": "Oslo"}'))
+    client = connect(start(forced_call))
     choice: Any = {"type": "function", "name": "weather"}
     allowed: Any = {
         "type": "allowed_tools", "mode": "required",
         "tools": [{"type": "function", "name": "weather"}],
     }  # fmt: skip
     other = WEATHER | {"name": "other"}
-    for client, given in ((forced, "required"), (named, choice), (forced, allowed)):
+    for given in ("required", choice, allowed):
         answer = client.responses.create(
             model="demo", input="Hi", tools=[WEATHER, other], tool_choice=given
         )
