@@ -39,9 +39,10 @@ HEALTH_INTERVAL_S = 0.05
 ENGINE = {
     "max_model_len": 512,
     "max_num_seqs": 64,
+    "max_num_batched_tokens": 256,
     "num_gpu_blocks_override": 2048,
-    "dtype": "float32",
 }
+QUICK = {"layer_loop": "scan"}  # compiles in a fraction of the time
 START_TIMEOUT_S = 400.0
 
 
@@ -53,14 +54,15 @@ class Server:
         self.url = url
 
     @classmethod
-    def start(cls, model: str) -> Self:
+    def start(cls, model: str, settings: dict[str, Any]) -> Self:
         """Starts the server and waits until it says where it is.
 
         Raises:
             RuntimeError: It ended, or is not ready in time.
         """
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items()]
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         command = [sys.executable, "-m", "jaxserve", "serve", model, "--port", "0", *flags]
+        command += ["--dtype", "float32"]
         process = subprocess.Popen(command, cwd=HERE.parent, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         end = time.monotonic() + START_TIMEOUT_S
@@ -215,7 +217,7 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
             benchmark="serving",
             model=args.model,
             quick=args.quick,
-            engine=ENGINE,
+            engine=ENGINE | (QUICK if args.quick else {}),
             results=m,
             repeats=rows,
         )
@@ -232,13 +234,13 @@ def main() -> None:
     args = parser.parse_args()
     args.repeat = 1 if args.quick else args.repeat
     root = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-    settings = {name: value for name, value in ENGINE.items() if name != "dtype"}
+    settings = ENGINE | (QUICK if args.quick else {})
     command = [sys.executable, str(HERE / "peers" / "jaxserve_llm.py"), "--model", args.model]
     command += ["--dtype", "float32", "--args", json.dumps(settings)]
     cpus = set(os.sched_getaffinity(0))
     offline = Engine.start("jaxserve", command, root, cpus)
     try:
-        server = Server.start(args.model)
+        server = Server.start(args.model, settings)
         try:
             rows = measure(server, offline, args)
         finally:
