@@ -16,9 +16,11 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -62,13 +64,17 @@ class Server:
         """
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         command = [sys.executable, "-m", "jaxserve", "serve", model, "--port", "0", *flags]
-        command += ["--dtype", "float32"]
+        command += ["--dtype", "float32", "--disable-access-log"]
         process = subprocess.Popen(command, cwd=HERE.parent, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         end = time.monotonic() + START_TIMEOUT_S
         for line in process.stderr:
             sys.stderr.write(line)
             if ": serving " in line and " at http" in line:
+                # So that the pipe never fills and holds the server up.
+                threading.Thread(
+                    target=shutil.copyfileobj, args=(process.stderr, sys.stderr), daemon=True
+                ).start()
                 return cls(process, line.partition(" at ")[2].split()[0])
             if time.monotonic() > end:
                 break
@@ -78,7 +84,7 @@ class Server:
     def stop(self) -> None:
         self.process.terminate()
         try:
-            self.process.communicate(timeout=60)
+            self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
 
