@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test lint unit bench lock install compilers clean
+.PHONY: help demo serve test lint unit bench lock install compilers browser fuzz clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,11 +22,15 @@ lint: install  ## format, lint and types only
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-unit: install compilers  ## tests only; JOBS=n processes, ARGS="--slow -k name" for pytest
+unit: install compilers browser  ## tests only; JOBS=n processes, ARGS="--slow -k name" for pytest
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 serve: install  ## the HTTP server with the demo model, on port 8000; ARGS="--port 9000"
 	@$(BIN)/jaxserve serve demo $(ARGS)
+
+fuzz: install  ## 50,000 requests against the server, made from its OpenAPI document
+	JAXSERVE_FUZZ_CASES=$${JAXSERVE_FUZZ_CASES:-50000} \
+	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -rP tests/server/test_openapi.py $(ARGS)
 
 bench: install  ## throughput and latency of the demo model on this machine
 	$(BIN)/jaxserve bench throughput --model demo
@@ -67,6 +71,20 @@ $(VENV)/.compilers: requirements-compile.lock $(VENV)/.locked
 	@rm -rf $(VENV)/compile
 	@$(PIP) install --require-hashes --no-deps --target $(VENV)/compile -r requirements-compile.lock
 	@touch $@
+
+# The tests of the pages skip without it, except in CI.
+browser:  ## Chromium for the tests of the server's pages; installs Debian's when we are root
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \
+	    command -v "$$name" >/dev/null && exit; \
+	done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "Installing chromium (once; a minute or two) ..."; \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
+	else \
+	    echo "No chromium, so the tests of the server's pages are skipped. Install it (Debian:"; \
+	    echo "sudo apt-get install chromium), or set CHROMIUM to the path of a Chrome."; \
+	fi
 
 clean:  ## remove the environment, caches and build products
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
@@ -21,11 +22,13 @@ from jaxserve.server.context import Context
 from jaxserve.server.embeddings import embeddings
 from jaxserve.server.guards import Guard
 from jaxserve.server.http_metrics import HTTPMetrics
+from jaxserve.server.openapi import openapi_route
 from jaxserve.server.request_log import AccessLog
 from jaxserve.server.responses import no_response, responses
 from jaxserve.server.routes_health import health, own_version, ready, show_version
 from jaxserve.server.routes_metrics import metrics
 from jaxserve.server.routes_models import model, models
+from jaxserve.server.routes_pages import docs, playground
 from jaxserve.server.routes_tokens import detokenize, tokenize
 from jaxserve.server.telemetry import Telemetry
 from jaxserve.server_config import ServerConfig
@@ -57,8 +60,9 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":
         telemetry=Telemetry(llm, config, names[0]),
         chat_process=chat_process,
     )
+    routes = _routes(config)
     layered: ASGIApp = Authentication(
-        Router(_routes(config), redirect_slashes=False),
+        Router(routes, redirect_slashes=False),
         config.api_keys,
         protect_metrics=config.protect_metrics,
         max_concurrent=config.max_concurrent_requests_per_key,
@@ -74,7 +78,7 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":
             expose_headers=("x-request-id", "retry-after"),
         )
     layered = HTTPMetrics(Guard(layered, config.allowed_hosts), context.telemetry.metrics.registry)
-    return Application(AccessLog(layered, enabled=not config.disable_access_log), context)
+    return Application(AccessLog(layered, enabled=not config.disable_access_log), context, routes)
 
 
 def check_parsers(config: ServerConfig) -> None:
@@ -86,11 +90,12 @@ def check_parsers(config: ServerConfig) -> None:
 
 
 class Application:
-    """The ASGI application, with the context that whoever serves it must reach."""
+    """The ASGI application, with what whoever serves it must reach."""
 
-    def __init__(self, app: ASGIApp, context: Context) -> None:
+    def __init__(self, app: ASGIApp, context: Context, routes: Sequence[Route]) -> None:
         self._app = app
         self.context = context
+        self.routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # the router raises for what it does not find, instead of answering
@@ -99,7 +104,7 @@ class Application:
 
 
 def _routes(config: ServerConfig) -> list[Route]:
-    return [
+    routes = [
         Route("/health", health, methods=["GET"]),
         Route("/ping", health, methods=["GET", "POST"]),
         Route("/ready", ready, methods=["GET"]),
@@ -119,6 +124,12 @@ def _routes(config: ServerConfig) -> list[Route]:
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
     ]
+    if not config.disable_playground:
+        routes.append(Route("/", playground, methods=["GET"]))
+    if not config.disable_docs:
+        routes.append(Route("/docs", docs, methods=["GET"]))
+        routes.append(Route("/openapi.json", openapi_route(routes), methods=["GET"]))
+    return routes
 
 
 def _names(llm: AsyncLLM, config: ServerConfig) -> tuple[str, ...]:

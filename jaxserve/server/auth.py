@@ -37,7 +37,7 @@ class Authentication:
     ) -> None:
         self._app = app
         self._digests = [_digest(key.encode()) for key in keys]
-        self._open = OPEN | PAGES | (frozenset() if protect_metrics else {"/metrics"})
+        self._open = open_paths(protect_metrics=protect_metrics)
         self._max_concurrent, self._on_limit = max_concurrent, on_limit
         self._num_running: Counter[str] = Counter()
 
@@ -70,6 +70,11 @@ class Authentication:
         # All of them, so that the time does not tell which.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return digest.hex()[:32] if any(matches) else None
+
+
+def open_paths(*, protect_metrics: bool) -> frozenset[str]:
+    """Paths that may be read without a key."""
+    return OPEN | PAGES | (frozenset() if protect_metrics else {"/metrics"})
 
 
 def _is_open(scope: Scope, paths: frozenset[str]) -> bool:

@@ -51,6 +51,9 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     prompt_embeds: str | list[str] | None = None
 
 
+REFUSED: dict[str, tuple[Any, ...]] = {"suffix": (None, ""), "prompt_embeds": (None,)}
+
+
 class CompletionChoice(Struct, kw_only=True):
     index: int
     text: str
@@ -160,7 +163,7 @@ def _prompts(body: CompletionRequest, limits: RequestLimits) -> list[Prompt]:
 
 def _sampling(context: Context, body: CompletionRequest) -> SamplingParams:
     check_stream_options(body)
-    refuse_unsupported(body, {"suffix": (None, ""), "prompt_embeds": (None,)})
+    refuse_unsupported(body, REFUSED)
     if body.best_of not in (None, body.n or 1):
         raise invalid(
             f"best_of={body.best_of} is not supported; leave it out, or set it to n",

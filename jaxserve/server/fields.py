@@ -101,7 +101,7 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
         return self.include_usage and bool(options and options.continuous_usage_stats)
 
 
-_REFUSED: dict[str, tuple[Any, ...]] = {  # field: the values that change nothing
+REFUSED: dict[str, tuple[Any, ...]] = {  # field: the values that change nothing
     "use_beam_search": (None, False),
     "length_penalty": (None, 1.0),
     "thinking_token_budget": (None, -1),
@@ -118,7 +118,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {  # field: the values that change nothin
 
 def refuse_unsupported(request: Struct, further: dict[str, tuple[Any, ...]] | None = None) -> None:
     """Raises APIError, 400 unsupported_parameter, for what is known but not done here."""
-    for name, harmless in (_REFUSED | (further or {})).items():
+    for name, harmless in (REFUSED | (further or {})).items():
         if getattr(request, name, None) not in harmless:
             raise invalid(f"{name} is not supported; leave it out", name, "unsupported_parameter")
 

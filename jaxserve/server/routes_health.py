@@ -2,12 +2,17 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxserve.server.answers import json_response
 from jaxserve.server.context import Context
 from jaxserve.server.errors import SHUTTING_DOWN, APIError, overloaded
+
+
+class Version(Struct, kw_only=True):
+    version: str
 
 
 async def health(request: Request) -> Response:
@@ -30,7 +35,7 @@ async def ready(request: Request) -> Response:
 
 
 async def show_version(request: Request) -> Response:
-    return json_response({"version": own_version()})
+    return json_response(Version(version=own_version()))
 
 
 def own_version() -> str:
