@@ -108,8 +108,8 @@ def _check_calls(where: str, message: dict[str, Any], call_ids: set[str]) -> Non
             f"{where}.tool_calls is not a list of objects", f"{where}.tool_calls", "invalid_type"
         )
     call_ids.update(call["id"] for call in calls if isinstance(call.get("id"), str))
-    if message["role"] == "tool" and message.get("tool_call_id") not in call_ids:
-        given = message.get("tool_call_id")
+    given = message.get("tool_call_id")
+    if message["role"] == "tool" and not (isinstance(given, str) and given in call_ids):
         raise invalid(
             f"{where}.tool_call_id={given!r:.60} answers no call of an earlier message",
             f"{where}.tool_call_id",

@@ -5,7 +5,7 @@ Source: spec.openapis.org/oas/v3.1.1.
 
 import dataclasses
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -17,7 +17,7 @@ from starlette.routing import Route
 from jaxserve.server.auth import open_paths
 from jaxserve.server.context import Context
 from jaxserve.server.errors import ErrorResponse
-from jaxserve.server.openapi_fields import MEANING, STRUCTS, UNSUPPORTED, bounds
+from jaxserve.server.openapi_fields import MEANING, bounds
 from jaxserve.server.openapi_routes import OPERATIONS, Operation
 from jaxserve.server.routes_health import own_version
 from jaxserve.server_config import RequestLimits, ServerConfig
@@ -68,11 +68,10 @@ def document(routes: Sequence[Route], context: Context) -> dict[str, Any]:
         for route in routes
         for method in route.methods or ()
     }
-    kinds, paths = set[type](), dict[str, dict[str, Any]]()
-    for (method, path), operation in OPERATIONS.items():
-        if (method, path) in served:
-            kinds |= {operation.body, operation.answer, operation.event} - {None, dict}
-            paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation, config)
+    known = {key: operation for key, operation in OPERATIONS.items() if key in served}
+    paths: dict[str, dict[str, Any]] = {}
+    for (method, path), operation in known.items():
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation, config)
     result = {
         "openapi": "3.1.1",
         "info": {
@@ -83,7 +82,7 @@ def document(routes: Sequence[Route], context: Context) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": _schemas(kinds, context),
+            "schemas": _schemas(list(known.values()), context),
             "responses": {
                 _name(status): {"description": text, "content": _content(JSON, ErrorResponse)}
                 for status, text in _ERRORS.items()
@@ -168,38 +167,48 @@ def _name(status: int) -> str:
     return HTTPStatus(status).phrase.title().replace(" ", "")
 
 
-def _schemas(kinds: set[type], context: Context) -> dict[str, Any]:
+def _schemas(operations: Sequence[Operation], context: Context) -> dict[str, Any]:
     """The structs as JSON schemas, their request fields explained and bounded."""
-    listed = sorted(kinds | {ErrorResponse, *STRUCTS.values()}, key=lambda kind: kind.__name__)
+    kinds: set[type] = {ErrorResponse}
+    for each in operations:
+        found = (each.body, each.answer, each.event, *each.parts.values())
+        kinds.update(kind for kind in found if kind is not None and kind is not dict)
+    listed = sorted(kinds, key=lambda kind: kind.__name__)
     _, schemas = msgspec.json.schema_components(listed, ref_template=REF)
     limits = bounds(context)
-    for kind in {each.body for each in OPERATIONS.values()} & kinds:
-        schema = schemas[kind.__name__]
-        for name, field in schema["properties"].items():
-            _explain(name, field, limits.get(name, {}))
-        # The struct lets it be left out, so that the error can list the names.
-        if kind.__name__ in ("CompletionRequest", "ChatCompletionRequest"):
-            schema["required"] = ["model", *schema["required"]]
+    for each in operations:
+        if each.body is not None:
+            schema = schemas[each.body.__name__]
+            schema["required"] = [*each.required, *schema.get("required", ())]
+            for name, field in schema["properties"].items():
+                _explain(name, field, each, limits.get(name, {}))
     return schemas
 
 
-def _explain(name: str, field: dict[str, Any], limits: dict[str, dict[str, Any]]) -> None:
-    if name in UNSUPPORTED:
+def _explain(
+    name: str, field: dict[str, Any], operation: Operation, limits: Mapping[str, dict[str, Any]]
+) -> None:
+    if name in operation.refused:
         field.clear()
-        field["enum"] = list(UNSUPPORTED[name])
+        field["enum"] = list(operation.refused[name])
         field["description"] = "Known, but not supported: leave it out."
         return
     if name in MEANING:
         field["description"] = MEANING[name]
+    if name in operation.required and "anyOf" in field:
+        field["anyOf"].remove({"type": "null"})
+        field.pop("default", None)
+    part = operation.parts.get(name)
     for variant in field.get("anyOf", [field]):
         variant |= limits.get(variant.get("type", ""), {})
-        if name in STRUCTS and variant.get("type") in ("array", "object"):
-            ref = {"$ref": REF.format(name=STRUCTS[name].__name__)}
-            if variant["type"] == "array":
-                variant["items"] = ref
-            else:
-                variant.clear()
-                variant |= ref
+        if part is None:
+            continue
+        ref = {"$ref": REF.format(name=part.__name__)}
+        if variant.get("type") == "array":
+            variant["items"] = ref
+        elif variant.get("type") == "object":
+            del variant["type"]
+            variant |= ref
 
 
 def _limits_in_words(limits: RequestLimits) -> str:

@@ -8,13 +8,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from jaxserve.server.chat_protocol import REFUSED
-from jaxserve.server.completions import REFUSED as COMPLETION_REFUSED
 from jaxserve.server.context import Context
-from jaxserve.server.fields import REFUSED as SHARED_REFUSED
-from jaxserve.server.structured import ResponseFormat, StructuredOutputs
-
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = SHARED_REFUSED | COMPLETION_REFUSED | REFUSED
 
 
 class TextPart(Struct, kw_only=True):
@@ -35,13 +29,6 @@ class InputMessage(Struct, kw_only=True):
     reasoning: str | None = None
     reasoning_content: str | None = None
 
-
-# Fields that the structs take as plain objects and check later.
-STRUCTS: Mapping[str, type[Struct]] = {
-    "messages": InputMessage,
-    "response_format": ResponseFormat,
-    "structured_outputs": StructuredOutputs,
-}
 
 MEANING: Mapping[str, str] = {
     "add_generation_prompt": "End the prompt where the model begins to answer.",

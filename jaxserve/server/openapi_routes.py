@@ -1,10 +1,15 @@
 """What each route takes and answers, for /openapi.json."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from jaxserve.server.chat_protocol import REFUSED as CHAT_REFUSED
 from jaxserve.server.chat_protocol import ChatChunk, ChatCompletion, ChatCompletionRequest
+from jaxserve.server.completions import REFUSED as COMPLETION_REFUSED
 from jaxserve.server.completions import Completion, CompletionRequest
+from jaxserve.server.fields import REFUSED
+from jaxserve.server.openapi_fields import InputMessage
 from jaxserve.server.routes_health import Version
 from jaxserve.server.routes_models import ModelCard, ModelList
 from jaxserve.server.routes_tokens import (
@@ -13,6 +18,7 @@ from jaxserve.server.routes_tokens import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from jaxserve.server.structured import ResponseFormat, StructuredOutputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +30,9 @@ class Operation:
         answer: The struct of a JSON answer.
         event: The struct of a streamed event; None: it never streams.
         media: The answer's type when it is no JSON; None, without `answer`: it has no body.
+        required: Fields of the body that its struct lets be left out, so that the error says more.
+        parts: Structs of what the body's struct takes as plain objects and others check later.
+        refused: Fields that are known but not supported, with the values that change nothing.
         statuses: Errors beyond those that every route, and every route with a body, can give.
     """
 
@@ -33,9 +42,13 @@ class Operation:
     answer: type | None = None
     event: type | None = None
     media: str | None = None
+    required: tuple[str, ...] = ()
+    parts: Mapping[str, type] = field(default_factory=dict)
+    refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     statuses: tuple[int, ...] = ()
 
 
+_CONSTRAINTS = {"response_format": ResponseFormat, "structured_outputs": StructuredOutputs}
 _GENERATES = (404, 503, 504)
 _HEALTH = "Health"
 _PAGES = "Pages"
@@ -50,6 +63,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         body=ChatCompletionRequest,
         answer=ChatCompletion,
         event=ChatChunk,
+        required=("model",),
+        parts={"messages": InputMessage, **_CONSTRAINTS},
+        refused=REFUSED | CHAT_REFUSED,
         statuses=_GENERATES,
     ),
     ("POST", "/v1/completions"): Operation(
@@ -58,6 +74,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         body=CompletionRequest,
         answer=Completion,
         event=Completion,
+        required=("model",),
+        parts=_CONSTRAINTS,
+        refused=REFUSED | COMPLETION_REFUSED,
         statuses=_GENERATES,
     ),
     ("GET", "/v1/models"): Operation(summary="List the models", tag=_MODELS, answer=ModelList),
@@ -69,6 +88,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         tag=_TOKENS,
         body=TokenizeRequest,
         answer=TokenizeResponse,
+        parts={"messages": InputMessage},
         statuses=(404,),
     ),
     ("POST", "/detokenize"): Operation(
