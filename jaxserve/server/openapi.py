@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from jaxserve.server.auth import open_paths
 from jaxserve.server.context import Context
+from jaxserve.server.error_shapes import AnthropicErrorResponse
 from jaxserve.server.errors import ErrorResponse
 from jaxserve.server.openapi_fields import MEANING, bounds
 from jaxserve.server.openapi_routes import OPERATIONS, Operation
@@ -25,6 +26,7 @@ from jaxserve.server_config import RequestLimits, ServerConfig
 JSON = "application/json"
 REF = "#/components/schemas/{name}"
 ALWAYS = (400, 405, 408, 431, 500)  # any request may meet them
+EARLY = (400, 408, 431)  # may come before the path is known, so in OpenAI's shape
 WITH_BODY = (413, 415)
 WITH_KEYS = (401, 429)
 _ERRORS = {
@@ -84,8 +86,9 @@ def document(routes: Sequence[Route], context: Context) -> dict[str, Any]:
         "components": {
             "schemas": _schemas(list(known.values()), context),
             "responses": {
-                _name(status): {"description": text, "content": _content(JSON, ErrorResponse)}
-                for status, text in _ERRORS.items()
+                _name(status, error): _error(status, error)
+                for error in {operation.error: None for operation in known.values()}
+                for status in _ERRORS
             },
             "securitySchemes": {"Bearer": {"type": "http", "scheme": "bearer"}},
         },
@@ -107,8 +110,8 @@ def _operation(
         content |= _content(JSON, operation.answer)
     if operation.event is not None:
         content["text/event-stream"] = {"schema": _event(operation.event)}
-    if operation.media is not None:
-        content[operation.media] = {"schema": {"type": "string"}}
+    for media in operation.media:
+        content[media] = {"schema": {"type": "string"}}
     if content:
         answer["content"] = content
     statuses = {*ALWAYS, *operation.statuses}
@@ -123,9 +126,9 @@ def _operation(
         "operationId": f"{method.lower()}_{re.sub(r'\W+', '_', path).strip('_') or 'root'}",
         "tags": [operation.tag],
         "responses": {
-            "200": answer,
+            **({"200": answer} if operation.succeeds else {}),
             **{
-                str(status): {"$ref": f"#/components/responses/{_name(status)}"}
+                str(status): {"$ref": f"#/components/responses/{_name(status, operation.error)}"}
                 for status in sorted(statuses)
             },
         },
@@ -147,7 +150,9 @@ def _content(media: str, kind: type) -> dict[str, Any]:
 
 def _event(kind: type) -> dict[str, Any]:
     """A server-sent event; before OpenAPI 3.2, the schema of a stream is that of each event."""
-    refs = [{"$ref": REF.format(name=each.__name__)} for each in (kind, ErrorResponse)]
+    refs: list[dict[str, Any]] = [{"type": "object"}]
+    if kind is not dict:
+        refs = [{"$ref": REF.format(name=each.__name__)} for each in (kind, ErrorResponse)]
     return {
         "type": "object",
         "required": ["data"],
@@ -163,15 +168,24 @@ def _event(kind: type) -> dict[str, Any]:
     }
 
 
-def _name(status: int) -> str:
-    return HTTPStatus(status).phrase.title().replace(" ", "")
+def _error(status: int, kind: type) -> dict[str, Any]:
+    content = _content(JSON, kind)
+    if kind is AnthropicErrorResponse and status in EARLY:
+        refs = [{"$ref": REF.format(name=each.__name__)} for each in (kind, ErrorResponse)]
+        content = {JSON: {"schema": {"anyOf": refs}}}
+    return {"description": _ERRORS[status], "content": content}
+
+
+def _name(status: int, kind: type) -> str:
+    owner = "Anthropic" if kind is AnthropicErrorResponse else ""
+    return owner + HTTPStatus(status).phrase.title().replace(" ", "")
 
 
 def _schemas(operations: Sequence[Operation], context: Context) -> dict[str, Any]:
     """The structs as JSON schemas, their request fields explained and bounded."""
     kinds: set[type] = {ErrorResponse}
     for each in operations:
-        found = (each.body, each.answer, each.event, *each.parts.values())
+        found = (each.body, each.answer, each.event, each.error, *each.parts.values())
         kinds.update(kind for kind in found if kind is not None and kind is not dict)
     listed = sorted(kinds, key=lambda kind: kind.__name__)
     _, schemas = msgspec.json.schema_components(listed, ref_template=REF)

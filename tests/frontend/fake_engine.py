@@ -5,6 +5,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from jaxserve.errors import EngineDeadError, RequestError
 from jaxserve.request import Abort, Request, RequestTimes, TokenDelta, TokenLogprobs
 from jaxserve.step import EngineOutput, StepStats
@@ -103,6 +105,16 @@ class FakeEngine:
 
     def _advance(self, key: tuple[str, int]) -> TokenDelta:
         request, tokens, done = self._running[key]
+        if request.pools:
+            del self._running[key]
+            return TokenDelta(
+                request_id=request.request_id,
+                choice=key[1],
+                token_ids=(),
+                pooled=np.arange(1, 9, dtype=np.float32),
+                finish_reason="stop",
+                times=RequestTimes(request.arrival_s, 1.0, 2.0, 3.0),
+            )
         new: list[int] = []
         reason, stop_reason = None, None
         while len(new) < self.tokens_per_step and reason is None:

@@ -34,7 +34,7 @@ from tests.server.running import RunningServer, scripted
 
 CASES = int(os.environ.get("JAXSERVE_FUZZ_CASES", "2000"))
 FIELDS = 6  # optional ones at a time
-REQUIRED = {"model", "prompt", "messages", "tokens"}
+REQUIRED = {"model", "prompt", "messages", "tokens", "input", "max_tokens"}
 CHECKS = [
     not_a_server_error,
     checks.status_code_conformance,
@@ -126,7 +126,7 @@ def fuzzed(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[RunningServ
         checkpoint,
         tokenizer,
         "Hello there.",
-        max_model_len=64,
+        max_model_len=256,
         server=ServerConfig(port=0, limits=SMALL),
     )
     yield running
@@ -213,7 +213,7 @@ def test_whatever_is_sent_the_answer_is_a_documented_one(
     key: tuple[str, str],
     mode: GenerationMode,
 ) -> None:
-    method, path = key
+    (method, path), operation = key, OPERATIONS[key]
     if path not in raw["paths"]:
         pytest.skip(f"{path} is not served")
     answered: Counter[int] = Counter()
@@ -233,12 +233,12 @@ def test_whatever_is_sent_the_answer_is_a_documented_one(
         fuzz = hypothesis.given(cases)(check)
         settings(math.ceil(CASES / NUM_VARIED / len(documents)))(fuzz)()
     print(f"{method} {path} {mode.value}: {answered.total()} cases, answered {dict(answered)}")
-    if OPERATIONS[key].body is None:
+    if operation.body is None:
         assert answered
         return
     assert answered.total() >= CASES / NUM_VARIED
     if mode is GenerationMode.POSITIVE:  # the checks of input were passed, too
-        assert answered[200] >= answered.total() / 10
+        assert answered[200] >= answered.total() / 20
 
 
 ODD = st.text(st.characters(max_codepoint=255, exclude_characters="\r\n"), max_size=20)
