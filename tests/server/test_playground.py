@@ -330,7 +330,7 @@ def test_pages_fit_and_can_be_read(
     fits(page)
     assert contrast(page, "aside small") >= 4.5
     documentation = visit(server, "/docs", size=size, color_scheme=scheme)
-    documentation.get_by_text("Answer a conversation").click()
+    documentation.get_by_text("Answer a conversation", exact=True).click()
     expect(documentation.get_by_text("The conversation so far.").first).to_be_visible()
     fits(documentation)
 
