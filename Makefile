@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test lint unit bench lock install compilers browser fuzz clean
+.PHONY: help demo serve test lint unit bench lock install compilers tools fuzz clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ lint: install  ## format, lint and types only
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-unit: install compilers browser  ## tests only; JOBS=n processes, ARGS="--slow -k name" for pytest
+unit: install compilers tools  ## tests only; JOBS=n processes, ARGS="--slow -k name" for pytest
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 serve: install  ## the HTTP server with the demo model, on port 8000; ARGS="--port 9000"
@@ -72,18 +72,28 @@ $(VENV)/.compilers: requirements-compile.lock $(VENV)/.locked
 	@$(PIP) install --require-hashes --no-deps --target $(VENV)/compile -r requirements-compile.lock
 	@touch $@
 
-# The tests of the pages skip without it, except in CI.
-browser:  ## Chromium for the tests of the server's pages; installs Debian's when we are root
-	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \
-	    command -v "$$name" >/dev/null && exit; \
+# What skips without them: the tests of the server's pages, and those of its metrics by Prometheus.
+tools:  ## Chromium and promtool for the server's tests; installs Debian's when we are root
+	@browser=chromium; checker=promtool; \
+	for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \
+	    command -v "$$name" >/dev/null && browser=; \
 	done; \
+	if command -v promtool >/dev/null || [ -x $(BIN)/promtool ]; then checker=; fi; \
+	[ -n "$$browser$$checker" ] || exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "Installing chromium (once; a minute or two) ..."; \
+	    echo "Installing $$browser $$checker (once; a minute or two) ..."; \
 	    export DEBIAN_FRONTEND=noninteractive; \
-	    apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
+	    apt-get update -qq; \
+	    [ -z "$$browser" ] || \
+	        apt-get install -qq -y --no-install-recommends $$browser >/dev/null || exit; \
+	    [ -z "$$checker" ] || { \
+	        mkdir -p $(VENV)/prometheus && cd $(VENV)/prometheus && \
+	        apt-get download -qq prometheus 2>/dev/null && dpkg -x prometheus*.deb . && \
+	        cp usr/bin/promtool ../bin/; \
+	    }; \
 	else \
-	    echo "No chromium, so the tests of the server's pages are skipped. Install it (Debian:"; \
-	    echo "sudo apt-get install chromium), or set CHROMIUM to the path of a Chrome."; \
+	    echo "Tests that need $$browser $$checker are skipped. Debian has them in the packages"; \
+	    echo "chromium and prometheus; CHROMIUM may be the path of another Chrome."; \
 	fi
 
 clean:  ## remove the environment, caches and build products

@@ -4,8 +4,10 @@ import dataclasses
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,7 +103,7 @@ def new_stats(**figures: float) -> StepStats:
 
 def promtool(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
     """Runs Prometheus's own checker; the test is skipped, but not in CI, where there is none."""
-    found = shutil.which("promtool")
+    found = shutil.which("promtool") or shutil.which(str(Path(sys.prefix) / "bin" / "promtool"))
     if found is None:
         reason = "promtool is not installed (Debian: apt-get install prometheus)"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)

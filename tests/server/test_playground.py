@@ -35,11 +35,11 @@ COUNTING = " ".join(f"word{i}" for i in range(60))
 def test_ci_has_a_browser() -> None:
     if not os.environ.get("CI"):
         pytest.skip("outside of CI the tests of the pages run where chromium is installed")
-    assert CHROMIUM, "chromium is missing; make browser installs it"
+    assert CHROMIUM, "chromium is missing; make tools installs it"
 
 
 needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="chromium is not installed: make browser, or set CHROMIUM to its path"
+    CHROMIUM is None, reason="chromium is not installed: make tools, or set CHROMIUM to its path"
 )
 
 
