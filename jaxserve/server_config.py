@@ -7,6 +7,7 @@ import ipaddress
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from jaxserve.errors import ConfigError
@@ -116,6 +117,10 @@ def _problems(c: ServerConfig) -> Iterator[str]:
         yield f"port={c.port} is out of range; use 1 to 65535, or 0 for any free one"
     if (c.ssl_keyfile is None) != (c.ssl_certfile is None) and c.ssl_certfile is None:
         yield "ssl_keyfile needs ssl_certfile; pass both"
+    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+        path = getattr(c, name)
+        if path is not None and not Path(path).expanduser().is_file():
+            yield f"{name}={path!r} is not a file; pass one in PEM"
     if c.root_path and (not c.root_path.startswith("/") or c.root_path.endswith("/")):
         yield f"root_path={c.root_path!r} must begin with / and not end with it"
     if any(not key or not key.isascii() or not key.isprintable() or " " in key

@@ -5,6 +5,7 @@ any of our code runs.
 """
 
 import asyncio
+import logging
 from typing import Any
 
 import msgspec
@@ -12,6 +13,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from jaxserve.server.errors import APIError
 from jaxserve.server_config import RequestLimits
+
+# Not warnings: uvicorn has one for each request that is no HTTP, and anyone can send those.
+_logger = logging.getLogger("uvicorn.error.http")
+_logger.setLevel(logging.ERROR)
 
 LINGER_S = 5.0
 LINGER_BYTES = 64 << 20
@@ -31,6 +36,7 @@ class _GuardedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = _logger
         self._num_header_bytes = 0  # of the request whose headers are on their way
         self._in_headers = False
         self._just_begun = False
