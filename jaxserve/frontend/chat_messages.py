@@ -55,6 +55,7 @@ def _message(index: int, message: Mapping[str, Any], keep_parts: bool) -> dict[s
         result = {"thinking": reasoning, **result, "reasoning_content": reasoning}
     if "tool_calls" in result:
         result["tool_calls"] = _tool_calls(where, result["tool_calls"])
+        result.setdefault("content", "")  # templates read it, though APIs leave it out then
     return result
 
 

@@ -60,6 +60,8 @@ def _explain(text: str, known: list[str], prefix: str) -> APIError:
         param = f"{path}.{found[1]}".removeprefix(".")
         near = [] if path else difflib.get_close_matches(found[1], known, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else "leave it out"
+        if found[1].startswith("guided_"):  # vLLM's names until 0.11
+            hint = "use structured_outputs"
         return invalid(f"unknown field {param[:100]!r}; {hint}", param[:100], "unknown_parameter")
     code = next((code for pattern, code in _CODES if pattern.match(what)), "invalid_value")
     what = what[0].lower() + what[1:].replace("`", "")

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from jaxserve.request import Request
@@ -282,6 +283,47 @@ def test_tool_calls_are_found_whole_and_streamed(start: Start, connect: Connect)
     )
     assert plain.choices[0].message.tool_calls is None
     assert "<tool_call>" in (plain.choices[0].message.content or "")
+
+
+def test_a_conversation_with_calls_and_their_results_is_understood(
+    start: Start, connect: Connect
+) -> None:
+    server = start("Rain.")
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    for content in ({"content": None}, {}, {"content": ""}):
+        messages: Any = [
+            *USER,
+            {"role": "assistant", "tool_calls": [call], **content},
+            {"role": "tool", "tool_call_id": "c1", "content": "It rains."},
+        ]
+        answer = connect(server).chat.completions.create(model="demo", messages=messages)
+        assert answer.choices[0].message.content == "Rain."
+        prompt = engine_of(server).requests[-1].prompt_token_ids
+        assert "It rains." in server.llm.get_tokenizer().decode(prompt)
+
+
+def test_what_the_clients_helpers_send_is_understood(start: Start, connect: Connect) -> None:
+    class City(pydantic.BaseModel):
+        name: str
+        size: int
+
+    client = connect(start('{"name": "Oslo", "size": 7}'))
+    messages: Any = USER
+    parsed = client.chat.completions.parse(
+        model="demo", messages=messages, response_format=City, max_completion_tokens=50
+    )
+    assert parsed.choices[0].message.parsed == City(name="Oslo", size=7)
+    with client.chat.completions.stream(
+        model="demo", messages=messages, response_format=City
+    ) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == City(name="Oslo", size=7)
+    nulls = dict.fromkeys(
+        ("temperature", "top_p", "n", "stop", "tools", "tool_choice", "response_format", "seed",
+         "stream_options", "logit_bias", "user", "logprobs", "top_logprobs", "max_tokens",
+         "metadata", "store", "reasoning_effort", "top_k", "structured_outputs")
+    )  # fmt: skip
+    answer = client.chat.completions.create(model="demo", messages=messages, extra_body=nulls)
+    assert answer.choices[0].finish_reason == "stop"
 
 
 def test_reasoning_is_apart_from_content(start: Start, connect: Connect) -> None:
