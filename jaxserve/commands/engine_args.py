@@ -113,6 +113,8 @@ def _options(field: Field[Any]) -> dict[str, Any]:
         options["help"] += f" (default: {field.default})"
     if typing.get_origin(kind) is typing.Literal:
         options["choices"] = typing.get_args(kind)
+    elif field.name == "max_model_len":
+        options |= {"type": _length, "metavar": "N"}
     elif kind in (int, float):
         options |= {"type": whole_number if kind is int else number, "metavar": "N"}
     elif kind is str:
@@ -120,6 +122,11 @@ def _options(field: Field[Any]) -> dict[str, Any]:
     else:
         options |= {"type": json_object, "metavar": "JSON"}
     return options
+
+
+def _length(text: str) -> int | None:
+    """A whole number; `auto` and `-1`, as in vLLM: what the model and the memory allow."""
+    return None if text in ("auto", "-1") else whole_number(text)
 
 
 def without_none(kind: Any) -> Any:

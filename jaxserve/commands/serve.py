@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 
+from jaxserve.commands.compat_args import add_compat_arguments, check_compat_arguments
 from jaxserve.commands.engine_args import add_engine_arguments, add_model_argument, engine_config
 from jaxserve.commands.parser import Parser
 from jaxserve.commands.server_args import add_server_arguments, server_config
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_server_arguments(parser)
     add_engine_arguments(parser, of_server=_OF_SERVER, without={"served_model_name"})
+    add_compat_arguments(parser)
 
 
 def run_arguments(parser: Parser, arguments: list[str]) -> int:
@@ -32,6 +34,7 @@ def run_arguments(parser: Parser, arguments: list[str]) -> int:
     from jaxserve.commands.settings import merge
 
     args, origins = merge(parser, arguments, os.environ)
+    check_compat_arguments(vars(args))
     if getattr(args, "print_config", False):
         return _print_config(args, origins)
     config = server_config(vars(args))

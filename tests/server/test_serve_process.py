@@ -170,14 +170,30 @@ def test_a_taken_port_shows_before_the_model_loads(launch: Any) -> None:
         (["--config=/nowhere.yaml"], "cannot be read"),
         (["--api-key-file=/nowhere"], "cannot be read"),
         (["--max-n=0"], "too small"),
+        (["-tp", "2"], "tensor_parallel_size"),
+        (["--quantization=awq"], "quantization"),
+        (["--enable-lora"], "enable_lora"),
     ],
 )
 def test_a_wrong_flag_is_told_in_one_line(launch: Any, flags: list[str], words: str) -> None:
     process = launch("demo", *flags)
-    assert process.end(60) == 2
+    assert process.end(60) in (1, 2)
     text = "".join(process.lines)
     assert words in text
     assert "Traceback" not in text
+
+
+def test_the_flags_of_vllm_serve_are_known() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "jaxserve", "serve", "--disable-log-requests", "demo", "-tp", "1",
+         "--no-enable-log-requests", "--tokenizer-mode", "auto", "--uvicorn-log-level=info",
+         "--swap_space", "4", "--compilation-config", '{"level": 3}', "--download-dir", "/tmp/x",
+         "--max-model-len=1k", "--block-size", "16", "--gpu-memory-utilization=0.8", "--print-config"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "max_model_len: 1000  # command line" in result.stdout
+    assert "model: 'demo'  # command line" in result.stdout
 
 
 def test_print_config_tells_where_each_setting_is_from(tmp_path: Path) -> None:
