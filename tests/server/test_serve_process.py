@@ -188,7 +188,7 @@ def test_the_flags_of_vllm_serve_are_known() -> None:
         [sys.executable, "-m", "jaxserve", "serve", "--disable-log-requests", "demo", "-tp", "1",
          "--no-enable-log-requests", "--tokenizer-mode", "auto", "--uvicorn-log-level=info",
          "--swap_space", "4", "--compilation-config", '{"level": 3}', "--download-dir", "/tmp/x",
-         "--max-model-len=1k", "--block-size", "16", "--gpu-memory-utilization=0.8", "--print-config"],
+         "--max-model-len=1k", "--gpu-memory-utilization=0.8", "--print-config"],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
