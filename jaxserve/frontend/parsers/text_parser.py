@@ -34,7 +34,7 @@ class TextParser(ABC):
     text alone, never on the pieces it came in, and leaves less than a marker's length unread.
 
     Args:
-        prompt_text: The prompt as the model saw it; its end may have begun the reasoning.
+        prompt_text: The prompt as the model saw it; its end may have begun or ended the reasoning.
         tool_schemas: The JSON schema of each tool's arguments, by name; for formats without types.
 
     Attributes:
@@ -50,7 +50,6 @@ class TextParser(ABC):
     ) -> None:
         self.in_reasoning = False
         self.num_tool_calls = 0
-        self._prompt_text = prompt_text
         self._tool_schemas = tool_schemas or {}
         self._text, self._at = "", 0  # what arrived last, and how much of it is read
         self._ended = False

@@ -132,6 +132,16 @@ def test_a_brace_too_many_is_content_and_not_an_argument() -> None:
     assert (parsed.content, parsed.calls) == ("}", [("f", "{}")])
 
 
+def test_what_follows_the_arguments_and_breaks_off_is_content() -> None:
+    parsed = parse('<tool_call>{"name": "f", "arguments": {}, "id": "x', "hermes")
+    assert (parsed.content, parsed.calls) == (', "id": "x', [("f", "{}")])
+
+
+def test_only_the_end_marker_of_a_call_is_dropped() -> None:
+    parsed = parse(f"</tool_call>{HERMES}</tool_call>", "hermes")
+    assert (parsed.content, parsed.calls) == ("</tool_call></tool_call>", [("f", '{"a": 1}')])
+
+
 def test_a_missing_outer_brace_does_no_harm() -> None:
     parsed = parse('<tool_call>{"name": "f", "arguments": {}</tool_call>', "hermes")
     assert (parsed.content, parsed.calls) == ("", [("f", "{}")])
@@ -164,6 +174,7 @@ def test_llama_text_before_the_tag_is_content() -> None:
         '{"name": "Ada"}',
         '{"people": [{"name": "f", "parameters": {}}]}',
         'See {"name": "f", "parameters": {}}',
+        '; {"name": "f", "parameters": {}}',
         "<|python_tag|>print(1)",
         "<|python_tag|>",
         '{"name": "f", "param',

@@ -180,6 +180,7 @@ def test_qwen_does_without_the_outer_marker_and_without_end_tags() -> None:
         ("<function=f>", "{"),
         ("<function=f><parameter=te", '{"te'),
         ("<function=f><parameter=text>half</par", '{"text": "half</par'),
+        ("<function=f><parameter=text>a line\n", '{"text": "a line\\n'),
         ("<function=f><parameter=count>12", '{"count": 12'),
         ("<function=f><parameter=count>12</parameter>", '{"count": 12'),
         ("<function=f><parameter=count>12</parameter></function>", '{"count": 12}'),
