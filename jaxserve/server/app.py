@@ -1,6 +1,7 @@
 """The application: routes, and the layers that every request passes."""
 
 import contextlib
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> "Application":
     chat_process = ChatProcess()
     if llm.client.tokenizer is not None:  # else the first such request would hold up the others
         chat_process.start()
+        # A copy, for others may use the tokenizer after this server has ended.
+        llm.client.tokenizer = copy.copy(llm.client.tokenizer)
         llm.client.tokenizer.render_chat = chat_process.render
         with contextlib.suppress(RequestError):  # no end token: refused when asked for
             llm.client.prepare_structured_outputs()
