@@ -33,7 +33,6 @@ class RequestLimits:
     max_logit_bias: int = 1024
     max_bad_words: int = 128
     max_tools: int = 128
-    max_schema_bytes: int = 256 << 10
 
     def __post_init__(self) -> None:
         for name in (each.name for each in fields(self)):

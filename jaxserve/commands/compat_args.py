@@ -8,6 +8,8 @@ import argparse
 import json
 from typing import Any
 
+from jaxserve.commands.parser import UsageError
+
 _SHORT = {
     "tensor_parallel_size": "-tp",
     "pipeline_parallel_size": "-pp",
@@ -18,13 +20,20 @@ _SHORT = {
     "speculative_config": "-sc",
 }
 # Of the server; as those of the engine in `frontend/engine_args.py`.
-_NO_EFFECT = """
-    api_server_count disable_frontend_multiprocessing disable_uvicorn_access_log
-    enable_log_deltas enable_request_id_headers enable_server_load_tracking
-    enable_tokenizer_info_endpoint h11_max_header_count h11_max_incomplete_event_size
-    log_config_file log_error_stack tool_strict_level uvicorn_log_level
-"""
-_SWITCHES = ("disable_", "enable_", "fail_on_", "log_error_", "trust_", "use_", "worker_use_")
+_NO_EFFECT = "disable_frontend_multiprocessing enable_log_deltas enable_request_id_headers"
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "api_server_count": (1,),
+    "enable_server_load_tracking": (False,),
+    "enable_tokenizer_info_endpoint": (False,),
+}
+_OTHER_NAMES = {  # vLLM's name: ours
+    "disable_fastapi_docs": "disable_docs",
+    "disable_uvicorn_access_log": "disable_access_log",
+    "h11_max_header_count": "max_headers",
+    "h11_max_incomplete_event_size": "max_header_bytes",
+    "shutdown_timeout": "shutdown_timeout_s",
+}
+_SWITCHES = ("disable_", "enable_", "fail_on_", "trust_", "use_", "worker_use_")
 _PREFIX = "compat_"
 
 
@@ -32,12 +41,21 @@ def add_compat_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds them, hidden from the help; a flag that the parser has already stays as it is."""
     from jaxserve.frontend.engine_args import NO_EFFECT, ONLY
 
-    for name in sorted(NO_EFFECT | set(ONLY) | set(_NO_EFFECT.split())):
+    options: dict[str, Any]
+    for name, own in _OTHER_NAMES.items():
+        action = parser._option_string_actions[f"--{own.replace('_', '-')}"]
+        options = {"dest": own, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        if isinstance(action, argparse.BooleanOptionalAction):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = action.type
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    for name in sorted(NO_EFFECT | ONLY.keys() | set(_NO_EFFECT.split()) | _ONLY.keys()):
         flag = f"--{name.replace('_', '-')}"
         if flag in parser._option_string_actions:
             continue
         flags = [_SHORT[name], flag] if name in _SHORT else [flag]
-        options: dict[str, Any] = {
+        options = {
             "dest": f"{_PREFIX}{name}",
             "default": argparse.SUPPRESS,
             "help": argparse.SUPPRESS,
@@ -53,7 +71,16 @@ def check_compat_arguments(values: dict[str, Any]) -> None:
     """Raises UnsupportedError for a value that asks for something that is not there."""
     from jaxserve.frontend.engine_args import ONLY, engine_config
 
-    given = {name.removeprefix(_PREFIX): v for name, v in values.items() if name[:7] == _PREFIX}
+    given = {
+        name.removeprefix(_PREFIX): value
+        for name, value in values.items()
+        if name.startswith(_PREFIX)
+    }
+    for name, allowed in _ONLY.items():
+        if name in given and given[name] not in allowed:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {given[name]} is not supported; leave it out"
+            )
     engine_config("demo", {name: value for name, value in given.items() if name in ONLY})
 
 

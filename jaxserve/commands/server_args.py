@@ -72,7 +72,6 @@ HELP = {
     "max_logit_bias": "entries of logit_bias",
     "max_bad_words": "bad words",
     "max_tools": "tools",
-    "max_schema_bytes": "bytes of a JSON schema or grammar",
 }
 _NOT_A_FLAG = {"api_keys", "limits"}
 _OF_ANSWERS = {

@@ -68,6 +68,8 @@ class RequestState:
         self._kind = output_kind or sampling.output_kind
         self._interval = stream_interval
         self._prompt = prompt
+        # One list for all outputs: a long prompt is not copied with each token of its answer.
+        self._prompt_token_ids = list(request.prompt_token_ids)
         self._tokenizer = tokenizer
         self._prompt_logprobs: PromptLogprobs | None = None
         self._num_cached_tokens: int | None = None
@@ -250,7 +252,7 @@ class RequestState:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self._prompt,
-            prompt_token_ids=list(self.request.prompt_token_ids),
+            prompt_token_ids=self._prompt_token_ids,
             prompt_logprobs=self._prompt_logprobs,
             outputs=outputs,
             finished=self.finished,

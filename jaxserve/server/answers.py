@@ -7,12 +7,15 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from typing import Protocol
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from jaxserve.async_llm import OutputStream
+from jaxserve.server.context import Context
 from jaxserve.server.errors import APIError, as_api_error, internal_error
 
 logger = logging.getLogger(__name__)
@@ -22,8 +25,15 @@ KEEP_ALIVE = b": keep-alive\n\n"
 CLIENT_LEFT = 499  # nginx's number; nobody is there to read it
 
 
-def json_response(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")
+def json_response(
+    value: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    return Response(
+        msgspec.json.encode(value),
+        status_code=status,
+        headers=headers,
+        media_type="application/json",
+    )
 
 
 def event(value: object, name: str | None = None) -> bytes:
@@ -56,27 +66,75 @@ async def unless_gone[T](
                 await each
 
 
+class Answer(Protocol):
+    """What a route makes of the engine's outputs."""
+
+    def whole(self, stream: OutputStream) -> Awaitable[msgspec.Struct]:
+        """All of it."""
+        ...
+
+    def events(self, stream: OutputStream) -> AsyncGenerator[bytes]:
+        """The same in encoded pieces."""
+        ...
+
+
+async def respond(
+    request: Request,
+    answer: Answer,
+    stream: OutputStream,
+    *,
+    streamed: bool,
+    headers: Mapping[str, str] | None = None,
+    error_event: "ErrorEvent | None" = None,
+) -> "Response | EventStream":
+    """Answers a request whole or streamed; closes the engine's stream, whatever happens.
+
+    Args:
+        error_event: Makes the event for an error within the stream; the default is OpenAI's, with
+            [DONE] behind it.
+    """
+    config = Context.of(request).config
+    if streamed:
+        return EventStream(
+            answer.events(stream),
+            stream,
+            timeout_s=config.request_timeout_s,
+            keep_alive_s=config.sse_keep_alive_interval_s,
+            headers=headers,
+            error_event=error_event,
+        )
+    try:
+        whole = await unless_gone(request, answer.whole(stream), timeout_s=config.request_timeout_s)
+    finally:
+        stream.close()
+    if whole is None:
+        return Response(status_code=CLIENT_LEFT)
+    return json_response(whole, headers=headers)
+
+
 class EventStream:
     """An ASGI response that sends events until they end or the client leaves.
 
     Args:
-        events: Encoded; it is closed in the end, so that it can let go of what it holds.
+        events: Encoded.
+        stream: Where they come from. Closed in the end: a client may leave before the first event
+            is asked for, and a generator that never began cannot clean up.
         timeout_s: For all of them.
         keep_alive_s: A comment is sent when nothing came for so long; 0: never.
-        error_event: Makes the event for an error within the stream; the default is OpenAI's, with
-            [DONE] behind it.
+        error_event: See `respond`.
     """
 
     def __init__(
         self,
         events: AsyncGenerator[bytes],
+        stream: OutputStream,
         *,
         timeout_s: float | None,
         keep_alive_s: float = 0.0,
         headers: Mapping[str, str] | None = None,
         error_event: "ErrorEvent | None" = None,
     ) -> None:
-        self._events = events
+        self._events, self._stream = events, stream
         self._timeout_s = timeout_s
         self._keep_alive_s = keep_alive_s
         self._headers = headers or {}
@@ -95,6 +153,7 @@ class EventStream:
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await each
             await self._events.aclose()
+            self._stream.close()
 
     async def _write(self, scope: Scope, send: Send) -> None:
         headers = {

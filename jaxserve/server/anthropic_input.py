@@ -14,7 +14,7 @@ from jaxserve.server.anthropic_protocol import (
 from jaxserve.server.chat_protocol import ChatCompletionRequest
 from jaxserve.server.conversation import Conversation
 from jaxserve.server.errors import invalid
-from jaxserve.server.fields import refuse_unsupported
+from jaxserve.server.fields import refuse, refuse_unsupported
 from jaxserve.server.messages import (
     FunctionDefinition,
     FunctionName,
@@ -248,17 +248,15 @@ def _tool(where: str, data: dict[str, Any]) -> Tool:
             "unsupported_parameter",
         )
     tool = read(_Tool, data, prefix=where)
-    for name, value, harmless in (
-        ("allowed_callers", tool.allowed_callers, (None, ["direct"])),
-        ("defer_loading", tool.defer_loading, (None, False)),
-        ("input_examples", tool.input_examples, (None, [])),
-    ):
-        if value not in harmless:
-            raise invalid(
-                f"{where}.{name} is not supported; leave it out",
-                f"{where}.{name}",
-                "unsupported_parameter",
-            )
+    refuse(
+        tool,
+        {
+            "allowed_callers": (None, ["direct"]),
+            "defer_loading": (None, False),
+            "input_examples": (None, []),
+        },
+        where,
+    )
     definition = FunctionDefinition(
         name=tool.name,
         description=tool.description,

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxserve.async_llm import LONG_TEXT_CHARS, OutputStream
-from jaxserve.server.answers import EventStream, event, json_response, unless_gone
+from jaxserve.server.answers import EventStream, event, json_response, respond
 from jaxserve.server.anthropic_input import NAMES, as_chat
 from jaxserve.server.anthropic_protocol import (
     ContentBlock,
@@ -34,7 +34,7 @@ from jaxserve.server.errors import APIError
 from jaxserve.server.messages import check_messages, check_tools
 from jaxserve.server.renaming import told_as
 from jaxserve.server.schema import read
-from jaxserve.server.submitting import gone_response, request_name
+from jaxserve.server.submitting import request_name
 from jaxserve.server.usage import PromptTokensDetails
 
 
@@ -49,19 +49,14 @@ async def messages(request: Request) -> Response | EventStream:
         job = await ChatJob.prepare(context, chat)
         answer = _Answer(job, request_name(request, "msg", None, "_"), request_id)
         stream = await job.submit(request, answer.id)
-    if body.stream:
-        return EventStream(
-            answer.events(stream),
-            timeout_s=config.request_timeout_s,
-            keep_alive_s=config.sse_keep_alive_interval_s,
-            headers={"request-id": request_id},
-            error_event=answer.failed,
-        )
-    try:
-        whole = await unless_gone(request, answer.whole(stream), timeout_s=config.request_timeout_s)
-    finally:
-        stream.close()
-    return gone_response() if whole is None else _with_id(json_response(whole), request_id)
+    return await respond(
+        request,
+        answer,
+        stream,
+        streamed=bool(body.stream),
+        headers={"request-id": request_id},
+        error_event=answer.failed,
+    )
 
 
 async def count_tokens(request: Request) -> Response:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from jaxserve.async_llm import OutputStream
 from jaxserve.frontend.parsers.types import ToolCallDelta
-from jaxserve.server.answers import DONE, EventStream, event, json_response, unless_gone
+from jaxserve.server.answers import DONE, EventStream, event, respond
 from jaxserve.server.body import read_object
 from jaxserve.server.chat_job import ChatJob, Piece
 from jaxserve.server.chat_protocol import (
@@ -25,7 +25,7 @@ from jaxserve.server.chat_protocol import (
 from jaxserve.server.context import Context
 from jaxserve.server.logprobs import ChatLogprobs, chat_logprobs, prompt_logprobs
 from jaxserve.server.schema import read
-from jaxserve.server.submitting import gone_response, request_name
+from jaxserve.server.submitting import request_name
 
 
 async def chat_completions(request: Request) -> Response | EventStream:
@@ -35,19 +35,7 @@ async def chat_completions(request: Request) -> Response | EventStream:
     job = await ChatJob.prepare(context, body)
     answer = _Answer(job, request_name(request, "chatcmpl", body.request_id), int(time.time()))
     stream = await job.submit(request, answer.name)
-    if body.stream:
-        return EventStream(
-            answer.events(stream),
-            timeout_s=context.config.request_timeout_s,
-            keep_alive_s=context.config.sse_keep_alive_interval_s,
-        )
-    try:
-        whole = await unless_gone(
-            request, answer.whole(stream), timeout_s=context.config.request_timeout_s
-        )
-    finally:
-        stream.close()
-    return gone_response() if whole is None else json_response(whole)
+    return await respond(request, answer, stream, streamed=bool(body.stream))
 
 
 @dataclass(slots=True)

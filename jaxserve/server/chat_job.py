@@ -29,10 +29,11 @@ from jaxserve.server.context import Context
 from jaxserve.server.errors import invalid
 from jaxserve.server.fields import check_stream_options, refuse_unsupported, sampling_params
 from jaxserve.server.messages import NamedToolChoice, check_messages, check_tools
-from jaxserve.server.structured import json_schema, structured_outputs
+from jaxserve.server.structured import structured_outputs
 from jaxserve.server.submitting import priority_of, submit
 from jaxserve.server.usage import Counter
 from jaxserve.server_config import ServerConfig
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 
 class Piece(NamedTuple):
@@ -127,7 +128,15 @@ class ChatJob:
             cache_salt=self.body.cache_salt,
             priority=priority_of(request, self.body.priority),
             stream_interval=self.body.stream_interval,
+            form_field=self._form_field,
         )
+
+    @property
+    def _form_field(self) -> str:
+        """What the output's form comes from, for errors."""
+        if self.body.structured_outputs is not None:
+            return "structured_outputs"
+        return "tools" if self.body.response_format is None else "response_format"
 
     async def pieces(self, stream: OutputStream) -> AsyncGenerator[Piece]:
         """What comes, parsed; counts it, too. Each output may bring pieces of several choices."""
@@ -246,7 +255,7 @@ def _sampling(
     max_tokens = body.max_tokens if asked is None else asked
     if max_tokens is None:
         max_tokens = defaults.get("max_tokens")
-    constraint = structured_outputs(body.response_format, body.structured_outputs, limits)
+    constraint = structured_outputs(body.response_format, body.structured_outputs)
     if body.tools and body.tool_choice not in (None, "none", "auto"):
         if constraint is not None:
             raise invalid(
@@ -256,7 +265,11 @@ def _sampling(
         tools = [msgspec.to_builtins(tool) for tool in body.tools]
         choice = msgspec.to_builtins(body.tool_choice)
         schema = tool_choice_schema(tools, choice, body.parallel_tool_calls is not False)
-        constraint = json_schema(schema, "tools", limits)
+        constraint = StructuredOutputsParams(json=schema)
+    if constraint is not None and parser is not None and parser.end_of_reasoning:
+        # Reasoning is free; the form begins behind it.
+        tokens = context.llm.get_tokenizer().encode(parser.end_of_reasoning, False)
+        constraint.start_after = tuple(tokens)
     special = parser is not None and parser.needs_special_tokens
     return sampling_params(
         body,

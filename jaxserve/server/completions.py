@@ -13,7 +13,7 @@ from jaxserve.async_llm import OutputStream
 from jaxserve.frontend.prompts import ParsedPrompt, Prompt
 from jaxserve.outputs import CompletionOutput, RequestOutput
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.server.answers import DONE, EventStream, event, json_response, unless_gone
+from jaxserve.server.answers import DONE, EventStream, event, respond
 from jaxserve.server.body import read_object
 from jaxserve.server.context import Context
 from jaxserve.server.errors import invalid
@@ -32,7 +32,7 @@ from jaxserve.server.logprobs import (
 )
 from jaxserve.server.schema import read
 from jaxserve.server.structured import structured_outputs
-from jaxserve.server.submitting import gone_response, priority_of, request_name, submit
+from jaxserve.server.submitting import priority_of, request_name, submit
 from jaxserve.server.usage import Counter, Usage
 from jaxserve.server_config import RequestLimits
 
@@ -102,20 +102,9 @@ async def completions(request: Request) -> Response | EventStream:
         priority=priority_of(request, body.priority),
         name=job.name,
         stream_interval=body.stream_interval,
+        form_field="response_format" if body.structured_outputs is None else "structured_outputs",
     )
-    if body.stream:
-        return EventStream(
-            job.events(stream),
-            timeout_s=context.config.request_timeout_s,
-            keep_alive_s=context.config.sse_keep_alive_interval_s,
-        )
-    try:
-        answer = await unless_gone(
-            request, job.whole(stream), timeout_s=context.config.request_timeout_s
-        )
-    finally:
-        stream.close()
-    return gone_response() if answer is None else json_response(answer)
+    return await respond(request, job, stream, streamed=bool(body.stream))
 
 
 def list_of_prompts(given: str | list[Any], limits: RequestLimits, param: str) -> list[Prompt]:
@@ -189,9 +178,7 @@ def _sampling(context: Context, body: CompletionRequest) -> SamplingParams:
         max_tokens=max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=num_prompt,
-        structured_outputs=structured_outputs(
-            body.response_format, body.structured_outputs, context.config.limits
-        ),
+        structured_outputs=structured_outputs(body.response_format, body.structured_outputs),
     )
 
 

@@ -1,6 +1,7 @@
 """POST /v1/embeddings: texts as vectors, from the model's last hidden state."""
 
 import base64
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,14 +12,14 @@ from starlette.responses import Response
 from jaxserve.async_llm import OutputStream
 from jaxserve.errors import RequestError
 from jaxserve.frontend.pooling import embedding, pooling_params
-from jaxserve.server.answers import json_response, unless_gone
+from jaxserve.server.answers import CLIENT_LEFT, json_response, unless_gone
 from jaxserve.server.body import read_object
 from jaxserve.server.completions import list_of_prompts
 from jaxserve.server.context import Context
 from jaxserve.server.errors import APIError
 from jaxserve.server.fields import Name, Positive
 from jaxserve.server.schema import read
-from jaxserve.server.submitting import gone_response, priority_of, request_name, submit
+from jaxserve.server.submitting import priority_of, request_name, submit
 from jaxserve.server.usage import Counter, Usage
 
 
@@ -83,33 +84,43 @@ async def embeddings(request: Request) -> Response:
         priority=priority_of(request, body.priority),
         pools=True,
     )
+    answer = _Answer(body, name, model, context.created_s)
     try:
-        answer = await unless_gone(
-            request,
-            _whole(stream, body, name, model, context.created_s),
-            timeout_s=context.config.request_timeout_s,
+        whole = await unless_gone(
+            request, answer.whole(stream), timeout_s=context.config.request_timeout_s
         )
     finally:
         stream.close()
-    return gone_response() if answer is None else json_response(answer)
+    return Response(status_code=CLIENT_LEFT) if whole is None else json_response(whole)
 
 
-async def _whole(
-    stream: OutputStream, body: EmbeddingRequest, name: str, model: str, created: int
-) -> EmbeddingResponse:
-    counter = Counter(with_cached=False)
-    found: dict[int, EmbeddingData] = {}
-    async for index, output in stream:
-        counter.add(index, output)
-        if output.pooled is None:
-            raise APIError(500, "the engine gave no embedding", code="engine_error")
-        vector = embedding(output.pooled, body.dimensions)
-        found[index] = EmbeddingData(index=index, embedding=_encoded(vector, body.encoding_format))
-    counter.num_output = 0  # no token comes out
-    data = [found[index] for index in sorted(found)]
-    return EmbeddingResponse(
-        id=name, created=created, model=model, data=data, usage=counter.usage()
-    )
+@dataclass(slots=True)
+class _Answer:
+    body: EmbeddingRequest
+    name: str
+    model: str
+    created: int
+
+    async def whole(self, stream: OutputStream) -> EmbeddingResponse:
+        counter = Counter(with_cached=False)
+        found: dict[int, EmbeddingData] = {}
+        async for index, output in stream:
+            counter.add(index, output)
+            if output.pooled is None:
+                raise APIError(500, "the engine gave no embedding", code="engine_error")
+            vector = _encoded(
+                embedding(output.pooled, self.body.dimensions), self.body.encoding_format
+            )
+            found[index] = EmbeddingData(index=index, embedding=vector)
+        counter.num_output = 0  # no token comes out
+        data = [found[index] for index in sorted(found)]
+        return EmbeddingResponse(
+            id=self.name,
+            created=self.created,
+            model=self.model,
+            data=data,
+            usage=counter.usage(),
+        )
 
 
 def _encoded(vector: np.ndarray, form: str | None) -> list[float] | str:

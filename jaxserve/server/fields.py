@@ -6,7 +6,6 @@ not supported is a 400 that says so.
 
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
@@ -118,9 +117,19 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # field: the values that change nothing
 
 def refuse_unsupported(request: Struct, further: dict[str, tuple[Any, ...]] | None = None) -> None:
     """Raises APIError, 400 unsupported_parameter, for what is known but not done here."""
-    for name, harmless in (REFUSED | (further or {})).items():
-        if getattr(request, name, None) not in harmless:
-            raise invalid(f"{name} is not supported; leave it out", name, "unsupported_parameter")
+    refuse(request, REFUSED | (further or {}))
+
+
+def refuse(value: Struct, harmless: dict[str, tuple[Any, ...]], where: str = "") -> None:
+    """The same of any object: each field may have its harmless values only.
+
+    Args:
+        where: The object's place in the request, such as `tools[0]`.
+    """
+    for name, values in harmless.items():
+        if getattr(value, name, None) not in values:
+            path = f"{where}.{name.removesuffix('_')}".removeprefix(".")
+            raise invalid(f"{path} is not supported; leave it out", path, "unsupported_parameter")
 
 
 def check_stream_options(request: SamplingFields) -> None:
@@ -199,7 +208,3 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         output_kind=kind,
     )
-
-
-def encode(value: Struct) -> bytes:
-    return msgspec.json.encode(value)

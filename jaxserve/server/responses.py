@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxserve.async_llm import OutputStream
-from jaxserve.server.answers import EventStream, event, json_response, unless_gone
+from jaxserve.server.answers import EventStream, event, respond
 from jaxserve.server.blocks import Block, Blocks, Change
 from jaxserve.server.body import read_object
 from jaxserve.server.chat_job import ChatJob, Piece
@@ -39,7 +39,7 @@ from jaxserve.server.responses_protocol import (
     TextFormat,
 )
 from jaxserve.server.schema import read
-from jaxserve.server.submitting import gone_response, request_name
+from jaxserve.server.submitting import request_name
 from jaxserve.server.usage import PromptTokensDetails
 
 _ID_PREFIX = {"text": "msg", "reasoning": "rs", "call": "fc"}
@@ -62,18 +62,9 @@ async def responses(request: Request) -> Response | EventStream:
             )
         answer = _Answer(body, job, request_name(request, "resp", body.request_id, "_"))
         stream = await job.submit(request, answer.id)
-    if body.stream:
-        return EventStream(
-            answer.events(stream),
-            timeout_s=config.request_timeout_s,
-            keep_alive_s=config.sse_keep_alive_interval_s,
-            error_event=answer.failed,
-        )
-    try:
-        whole = await unless_gone(request, answer.whole(stream), timeout_s=config.request_timeout_s)
-    finally:
-        stream.close()
-    return gone_response() if whole is None else json_response(whole)
+    return await respond(
+        request, answer, stream, streamed=bool(body.stream), error_event=answer.failed
+    )
 
 
 async def no_response(request: Request) -> Response:

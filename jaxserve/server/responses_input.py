@@ -8,7 +8,7 @@ from msgspec import Struct
 from jaxserve.server.chat_protocol import ChatCompletionRequest
 from jaxserve.server.conversation import Conversation
 from jaxserve.server.errors import APIError, invalid
-from jaxserve.server.fields import refuse_unsupported
+from jaxserve.server.fields import refuse, refuse_unsupported
 from jaxserve.server.messages import FunctionDefinition, FunctionName, NamedToolChoice, Tool
 from jaxserve.server.responses_protocol import LOGPROBS, REFUSED, ResponsesRequest, TextFormat
 from jaxserve.server.schema import read
@@ -256,18 +256,16 @@ def _tool(where: str, data: dict[str, Any]) -> Tool:
             "unsupported_parameter",
         )
     tool = read(_Tool, data, prefix=where)
-    for name, value, harmless in (
-        ("async", tool.async_, (None, False)),
-        ("allowed_callers", tool.allowed_callers, (None, ["direct"])),
-        ("defer_loading", tool.defer_loading, (None, False)),
-        ("output_schema", tool.output_schema, (None,)),
-    ):
-        if value not in harmless:
-            raise invalid(
-                f"{where}.{name} is not supported; leave it out",
-                f"{where}.{name}",
-                "unsupported_parameter",
-            )
+    refuse(
+        tool,
+        {
+            "async_": (None, False),
+            "allowed_callers": (None, ["direct"]),
+            "defer_loading": (None, False),
+            "output_schema": (None,),
+        },
+        where,
+    )
     definition = FunctionDefinition(
         name=tool.name,
         description=tool.description,

@@ -2,6 +2,8 @@
 
 import difflib
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -39,16 +41,21 @@ def read[T](
     Raises:
         APIError: 400; the first thing that is wrong.
     """
-    known = [field.encode_name for field in msgspec.structs.fields(kind)]  # pyright: ignore[reportArgumentType]
     if allow_unknown:
+        known = _known(kind)
         data = {name: value for name, value in data.items() if name in known}
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        raise _explain(str(error), known, prefix) from None
+        raise _explain(str(error), _known(kind), prefix) from None
 
 
-def _explain(text: str, known: list[str], prefix: str) -> APIError:
+@lru_cache
+def _known(kind: type) -> tuple[str, ...]:
+    return tuple(field.encode_name for field in msgspec.structs.fields(kind))
+
+
+def _explain(text: str, known: Sequence[str], prefix: str) -> APIError:
     match = _WHERE.fullmatch(text)
     what, where = (match[1], match[2]) if match else (text, None)
     path = (where or "$").removeprefix("$").removeprefix(".").removesuffix(".")

@@ -7,13 +7,12 @@ from msgspec import Struct
 
 from jaxserve.server.errors import invalid
 from jaxserve.server.schema import read
-from jaxserve.server_config import RequestLimits
 from jaxserve.structured_outputs import StructuredOutputsParams
 
 
 class JSONSchemaFormat(Struct, kw_only=True, forbid_unknown_fields=True):
     name: str
-    schema: dict[str, Any] | bool
+    schema: dict[str, Any]
     description: str | None = None
     strict: bool | None = None
 
@@ -31,7 +30,7 @@ class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
 class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True):
     """vLLM's form of it: exactly one of the first six."""
 
-    json: dict[str, Any] | str | bool | None = None
+    json: dict[str, Any] | str | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
@@ -45,15 +44,14 @@ class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True):
 def structured_outputs(
     response_format: dict[str, Any] | None,
     given: dict[str, Any] | None,
-    limits: RequestLimits,
 ) -> StructuredOutputsParams | None:
     """The constraint that a request asks for; None: free text.
 
     Raises:
-        APIError: It is malformed, too large, or there are two.
+        APIError: It is malformed, or there are two.
         RequestError: The engine does not take it.
     """
-    found = _of_response_format(response_format, limits)
+    found = _of_response_format(response_format)
     if given is None:
         return found
     if found is not None:
@@ -61,19 +59,12 @@ def structured_outputs(
             "response_format and structured_outputs exclude each other; send one of them",
             "structured_outputs",
         )
-    _check_size(given, "structured_outputs", limits)
     values = msgspec.structs.asdict(read(StructuredOutputs, given, prefix="structured_outputs"))
     return StructuredOutputsParams(**{k: v for k, v in values.items() if v is not None})
 
 
-def json_schema(schema: Any, param: str, limits: RequestLimits) -> StructuredOutputsParams:
-    """A schema as the constraint."""
-    _check_size(schema, param, limits)
-    return StructuredOutputsParams(json=schema)
-
-
 def _of_response_format(
-    data: dict[str, Any] | None, limits: RequestLimits
+    data: dict[str, Any] | None,
 ) -> StructuredOutputsParams | None:
     if data is None:
         return None
@@ -96,14 +87,4 @@ def _of_response_format(
             "missing_required_parameter",
         )
     spec = read(JSONSchemaFormat, form.json_schema, prefix="response_format.json_schema")
-    return json_schema(spec.schema, "response_format", limits)
-
-
-def _check_size(value: Any, param: str, limits: RequestLimits) -> None:
-    size = len(msgspec.json.encode(value))
-    if size > limits.max_schema_bytes:
-        raise invalid(
-            f"{param} is {size} bytes long; at most {limits.max_schema_bytes} are allowed",
-            param,
-            "invalid_json_schema",
-        )
+    return StructuredOutputsParams(json=spec.schema)

@@ -4,12 +4,11 @@ import uuid
 from collections.abc import Sequence
 
 from starlette.requests import Request
-from starlette.responses import Response
 
 from jaxserve.async_llm import OutputStream
+from jaxserve.errors import RequestError
 from jaxserve.frontend.prompts import ParsedPrompt, checked_salt
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.server.answers import CLIENT_LEFT
 from jaxserve.server.context import Context
 from jaxserve.server.errors import SHUTTING_DOWN, invalid, overloaded
 
@@ -44,8 +43,12 @@ async def submit(
     priority: int = 0,
     stream_interval: int | None = None,
     pools: bool = False,
+    form_field: str = "structured_outputs",
 ) -> OutputStream:
     """Starts the work of a request; the caller closes what comes back.
+
+    Args:
+        form_field: The field that the output's form comes from, for errors.
 
     Raises:
         APIError: 503 while the server is draining.
@@ -54,7 +57,10 @@ async def submit(
     if context.draining:
         context.telemetry.metrics.reject("draining")
         raise overloaded("the server is shutting down; send this to another", SHUTTING_DOWN)
-    await context.llm.prepare(sampling)
+    try:
+        await context.llm.prepare(sampling)
+    except RequestError as error:  # of the grammar
+        raise RequestError(str(error), param=form_field, code=error.code) from None
     salt = _salt(request, context, checked_salt(cache_salt))
     return context.llm.submit(
         [prompt._replace(cache_salt=salt) for prompt in prompts],
@@ -72,7 +78,3 @@ def _salt(request: Request, context: Context, given: str | None) -> str | None:
     if tenant is None or context.config.shared_prefix_cache:
         return given
     return f"{tenant}/{given or ''}"
-
-
-def gone_response() -> Response:
-    return Response(status_code=CLIENT_LEFT)

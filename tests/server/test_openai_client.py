@@ -342,6 +342,18 @@ def test_reasoning_is_apart_from_content(start: Start, connect: Connect) -> None
     assert (reasoning, content) == ("Hm, well.", "Yes.")
 
 
+def test_a_form_begins_behind_the_reasoning(start: Start, connect: Connect) -> None:
+    server = start("Hm.</think>{}", server=ServerConfig(port=0, reasoning_parser="deepseek_r1"))
+    messages: Any = USER
+    answer = connect(server).chat.completions.create(
+        model="demo", messages=messages, response_format={"type": "json_object"}
+    )
+    assert answer.choices[0].message.content == "{}"
+    grammar = engine_of(server).requests[-1].grammar
+    assert grammar is not None
+    assert server.llm.get_tokenizer().decode(grammar.start_after) == "</think>"
+
+
 def test_a_client_that_leaves_ends_its_request(start: Start) -> None:
     server = start("word ", ends=False, delay_s=0.002, max_model_len=100_000)
     engine = engine_of(server)

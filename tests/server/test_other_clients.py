@@ -1,5 +1,6 @@
 """Other doors to the same server: LangChain, TLS, a reader that does not read, a Unix socket."""
 
+import asyncio
 import socket
 import ssl
 import subprocess
@@ -124,6 +125,34 @@ def test_a_reader_that_does_not_read_slows_nobody(start: Start) -> None:
     while server.llm.client.num_unfinished:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_client_that_leaves_before_the_first_event_ends_its_request(start: Start) -> None:
+    """Then the generator of events never begins, so it cannot clean up."""
+    server = start("word ", ends=False, delay_s=0.01, max_model_len=200_000)
+
+    async def gone_at_once() -> None:
+        body = b'{"model": "demo", "prompt": "a", "max_tokens": 100000, "stream": true}'
+        received = [
+            {"type": "http.request", "body": body, "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+
+        async def receive() -> dict[str, object]:
+            return received.pop(0) if len(received) > 1 else received[0]
+
+        async def send(message: object) -> None:
+            await asyncio.sleep(60)  # a socket that takes nothing
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "root_path": "",
+            "query_string": b"", "http_version": "1.1", "scheme": "http", "state": {},
+            "headers": [(b"host", b"a"), (b"content-type", b"application/json")],
+        }  # fmt: skip
+        await server.app(scope, receive, send)  # type: ignore[arg-type]
+
+    asyncio.run(gone_at_once())
+    assert server.llm.client.num_unfinished == 0
 
 
 @pytest.mark.parametrize(

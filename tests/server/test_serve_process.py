@@ -173,6 +173,8 @@ def test_a_taken_port_shows_before_the_model_loads(launch: Any) -> None:
         (["-tp", "2"], "tensor_parallel_size"),
         (["--quantization=awq"], "quantization"),
         (["--enable-lora"], "enable_lora"),
+        (["--api-server-count=2"], "api-server-count"),
+        (["--log-config-file=x"], "unknown flag"),
     ],
 )
 def test_a_wrong_flag_is_told_in_one_line(launch: Any, flags: list[str], words: str) -> None:
@@ -186,14 +188,17 @@ def test_a_wrong_flag_is_told_in_one_line(launch: Any, flags: list[str], words: 
 def test_the_flags_of_vllm_serve_are_known() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "jaxserve", "serve", "--disable-log-requests", "demo", "-tp", "1",
-         "--no-enable-log-requests", "--tokenizer-mode", "auto", "--uvicorn-log-level=info",
-         "--swap_space", "4", "--compilation-config", '{"level": 3}', "--download-dir", "/tmp/x",
+         "--no-enable-log-requests", "--tokenizer-mode", "auto", "--shutdown-timeout=7",
+         "--disable-uvicorn-access-log",
+         "--swap_space", "4", "--compilation-config", '{"level": 3}', "--download-dir", "models",
          "--max-model-len=1k", "--gpu-memory-utilization=0.8", "--print-config"],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "max_model_len: 1000  # command line" in result.stdout
     assert "model: 'demo'  # command line" in result.stdout
+    assert "shutdown_timeout_s: 7.0  # command line" in result.stdout
+    assert "disable_access_log: True  # command line" in result.stdout
 
 
 def test_print_config_tells_where_each_setting_is_from(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxserve.frontend.parsers.reasoning import TagReasoningParser
 from jaxserve.frontend.parsers.registry import reasoning_parser, tool_parser
 from jaxserve.frontend.parsers.text_parser import TextParser
 from jaxserve.frontend.parsers.tool_parser import ToolParser
@@ -59,6 +60,13 @@ class OutputParser:
     def in_reasoning(self) -> bool:
         """Whether what comes next is reasoning, as far as the text so far tells."""
         return any(stage.in_reasoning for stage in self._stages)
+
+    @property
+    def end_of_reasoning(self) -> str | None:
+        """What ends the reasoning that the output begins with; None: it does not, or not so."""
+        if not self.in_reasoning:
+            return None
+        return next((s.end_tag for s in self._stages if isinstance(s, TagReasoningParser)), None)
 
     @property
     def num_tool_calls(self) -> int:
