@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.layers.kernels import Backend, Kernels, kv_pages_shape
-from jaxserve.models.llama import spec_from_config
+from jaxserve.models.registry import spec_from_config
 from jaxserve.runner.batch import Layout
 from jaxserve.runner.model import split_model
 from jaxserve.runner.row_state import RowShapes
@@ -66,9 +66,13 @@ def model_step(
     grammars.
     """
     spec = spec_from_config(MODELS[model])
-    spec = replace(spec, num_layers=num_layers or spec.num_layers)
+    spec = replace(spec, layers=spec.layers[:num_layers])
     shapes = RowShapes(
-        max_num_seqs=64, max_model_len=1024, page_size=page_size, vocab_size=spec.vocab_size
+        max_num_seqs=64,
+        max_model_len=1024,
+        page_size=page_size,
+        vocab_size=spec.vocab_size,
+        num_groups=len(spec.kv_groups),
     )
     split = split_model(
         spec,
@@ -79,10 +83,17 @@ def model_step(
         scan_layers=scan,
     )
     layout = Layout(num_tokens, shapes)
-    attention = spec.attention(page_size=page_size, dtype=kv_dtype or dtype)
-    kv: Any = kv_pages_shape(attention.kv, spec.num_layers, num_pages, backend=backend)
-    state = DeviceState((kv,), shapes.abstract())
+    caches: Any = tuple(
+        kv_pages_shape(
+            group.attention.attention(page_size=page_size, dtype=kv_dtype or dtype).kv,
+            group.num_layers,
+            num_pages,
+            backend=backend,
+        )
+        for group in spec.kv_groups
+    )
+    state = DeviceState(caches, shapes.abstract())
     blob = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
     masks = jax.ShapeDtypeStruct((layout.num_rows, shapes.mask_words), jnp.uint32)
-    step = make_step(layout, split, num_pages=(num_pages,), max_logprobs=20)
+    step = make_step(layout, split, num_pages=(num_pages,) * len(caches), max_logprobs=20)
     return step, (list(split.shapes), state, blob, masks), shapes

@@ -53,16 +53,39 @@ class TokenizerSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Which rows (or columns) of a tensor that holds several weights make one of them.
+
+    The axis is seen as `groups` groups of `group_size`; of each group, `start` to `stop` counts.
+    Fused projections of queries, keys and values are one group, or one a (kv) head; gate and up
+    that take turns are as many groups of 2 as there are columns.
+    """
+
+    start: int
+    stop: int
+    group_size: int
+    groups: int = 1
+    axis: int = -2  # of the stored tensor, from its end
+
+    @property
+    def size(self) -> int:
+        """Rows of the weight."""
+        return self.groups * (self.stop - self.start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSource:
     """Which Hugging Face tensors make one parameter of the model.
 
-    Several names are stacked, in order, on a new first axis.
+    With a `stack`, as many tensors as its product are stacked, in order, on new first axes.
     """
 
     names: tuple[str, ...]
-    stacked: bool
-    shape: tuple[int, ...]  # of the parameter, with the stack axis
+    shape: tuple[int, ...]  # of the parameter, with the stack's axes
+    stack: tuple[int, ...] = ()
     transpose: bool = False  # Hugging Face's [out, in] becomes [in, out]
+    part: Part | None = None
+    dtype: str | None = None  # of the parameter; None: that of all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

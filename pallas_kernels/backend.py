@@ -69,6 +69,11 @@ def why_not(name: str, spec: AttentionSpec, *, chip: Chip) -> str | None:
     return None
 
 
+def _why_not_all(name: str, specs: tuple[AttentionSpec, ...], chip: Chip) -> str | None:
+    """The first reason that speaks against one of the layers."""
+    return next((why for spec in specs if (why := why_not(name, spec, chip=chip))), None)
+
+
 def _why_not_kernel(name: str, spec: AttentionSpec, chip: Chip) -> str | None:
     if name == "tpu":
         from pallas_kernels import attention_tpu as kernels
@@ -92,9 +97,9 @@ def _why_not_interpreted(backend: Backend) -> str | None:
 
 
 def choose_backend(
-    requested: str, spec: AttentionSpec, *, chip: Chip
+    requested: str, *specs: AttentionSpec, chip: Chip
 ) -> tuple[Backend, dict[str, str]]:
-    """The backend to use, and why each one passed over refused.
+    """The backend that can run all of a model's kinds of layers, and why others cannot.
 
     `requested` is "auto" or a backend's name. "reference" and the interpreted kernels,
     "tpu-interpret" and "gpu-interpret", run only when they are named.
@@ -104,11 +109,11 @@ def choose_backend(
     for name in AUTO_ORDER if requested == "auto" else (requested,):
         backend = INTERPRETED.get(name)
         if backend is None:
-            reason = why_not(name, spec, chip=chip)
+            reason = _why_not_all(name, specs, chip)
             backend = Backend(name=name, chip=chip)  # pyright: ignore[reportArgumentType]
         else:
             reason = _why_not_interpreted(backend)
-            reason = reason or why_not(backend.name, spec, chip=backend.chip)
+            reason = reason or _why_not_all(backend.name, specs, backend.chip)
         if reason is None:
             return backend, reasons
         reasons[name] = reason

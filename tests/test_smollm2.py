@@ -8,20 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from jaxserve import LLM, RequestOutput, SamplingParams
-from jaxserve.checkpoint import Checkpoint, open_checkpoint
+from jaxserve.checkpoint import open_checkpoint
 from jaxserve.frontend.gguf_tokenizer import tokenizer_from_gguf
-from jaxserve.layers.kernels import XLA, Kernels, PageMetadata, kv_pages_shape
-from jaxserve.models.registry import architecture, spec_from_config
-from jaxserve.models.spec import ModelBatch
-from jaxserve.runner.model import split_model
-from jaxserve.weights.loader import load_weights
 from jaxserve.weights.reader import TensorFiles, read_into
+from tests.models.alone import ModelAlone
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm2.json").read_text())["prompts"]
 TIE = 1e-3  # logits closer than this may swap, and only they
@@ -140,37 +135,15 @@ def test_a_folder_with_the_same_weights_gives_the_same_tokens(folder: Path) -> N
             assert output.prompt_token_ids == case["prompt_token_ids"]
 
 
-def logits_at_the_end(checkpoint: Checkpoint, prompt: list[int]) -> np.ndarray:
-    spec = spec_from_config(checkpoint.config)
-    split = split_model(
-        spec, page_size=16, kernels=Kernels(XLA), dtype=jnp.float32, scan_layers=True
-    )
-    sources = split.sources(architecture(checkpoint.config), spec.num_layers)
-    loaded = load_weights(checkpoint, sources, dtype=jnp.float32)
-    num_pages = -(-len(prompt) // 16) + 1
-    kv_spec = spec.attention(page_size=16, dtype=jnp.float32).kv
-    shape = kv_pages_shape(kv_spec, spec.num_layers, num_pages, backend=XLA)
-    places = np.arange(len(prompt))
-    pages = PageMetadata(
-        page_table=jnp.arange(1, num_pages)[None],
-        slots=jnp.asarray(places + 16),
-        kv_lens=jnp.asarray([len(prompt)]),
-        query_starts=jnp.asarray([0, len(prompt)]),
-        num_rows=jnp.asarray(1),
-        num_decode_rows=jnp.asarray(0),
-        num_pages=num_pages,
-    )
-    batch = ModelBatch(token_ids=jnp.asarray(prompt), positions=jnp.asarray(places), pages=(pages,))
-    model = split.merge([loaded[name] for name in split.names])
-    hidden, _ = model(batch, (jnp.zeros(shape.shape, shape.dtype),))
-    return np.asarray(model.logits(hidden[-1:])[0])
+def logits_at_the_end(model: ModelAlone, prompt: list[int]) -> np.ndarray:
+    return model.logits(np.asarray(prompt))[-1]
 
 
 def test_logits_are_within_a_thousandth_of_those_of_transformers() -> None:
-    checkpoint = open_checkpoint("demo")
     cases = [case for case in GOLDEN if "logits" in case]
     assert cases
+    model = ModelAlone(open_checkpoint("demo"), scan=True, max_len=768)
     for case in cases:
-        got = logits_at_the_end(checkpoint, case["prompt_token_ids"])
+        got = logits_at_the_end(model, case["prompt_token_ids"])
         want = np.array(case["logits"]["values"])
         np.testing.assert_allclose(got[case["logits"]["ids"]], want, atol=1e-3)

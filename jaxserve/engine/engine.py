@@ -67,6 +67,7 @@ class Engine:
             max_num_seqs=s.max_num_seqs,
             max_num_batched_tokens=s.max_num_batched_tokens,
             max_model_len=s.max_model_len,
+            num_groups=len(self.runner.spec.kv_groups),
             enable_prefix_caching=config.enable_prefix_caching,
             enable_chunked_prefill=config.enable_chunked_prefill,
             policy=config.scheduling_policy,
@@ -141,7 +142,7 @@ class Engine:
         passed_over = "; ".join(f"{name}: {why}" for name, why in r.attention_reasons.items())
         return {
             "model": self._model_name,
-            "parameters": r.spec.num_parameters,
+            "parameters": r.num_parameters,
             "dtype": str(s.dtype),
             "device": r.device.label,
             "attention backend": r.attention_backend.name,

@@ -1,21 +1,71 @@
 """Feed-forward blocks."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jaxserve.layers.linear import Linear
 
 
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+def _gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
 
-    def __init__(
-        self, size: int, hidden_size: int, *, use_bias: bool, dtype: jax.typing.DTypeLike
-    ) -> None:
-        self.gate_proj = Linear(size, hidden_size, use_bias=use_bias, dtype=dtype)
-        self.up_proj = Linear(size, hidden_size, use_bias=use_bias, dtype=dtype)
-        self.down_proj = Linear(hidden_size, size, use_bias=use_bias, dtype=dtype)
+
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _relu_squared(x: Array) -> Array:
+    return jnp.square(jax.nn.relu(x))
+
+
+# By config.json's names, as transformers spells them.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": _gelu,
+    "gelu_python": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": jax.nn.relu,
+    "relu2": _relu_squared,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FFNSpec:
+    """A dense feed-forward block. Static."""
+
+    intermediate_size: int
+    activation: str = "silu"  # a key of ACTIVATIONS
+    gated: bool = True
+    bias: bool = False
+
+    @property
+    def activation_size(self) -> int:
+        """Values a token has between the projections."""
+        return (2 if self.gated else 1) * self.intermediate_size
+
+
+class FFN(nnx.Module):
+    """down(act(up(x))), or gated down(act(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    def __init__(self, size: int, *, spec: FFNSpec, dtype: jax.typing.DTypeLike) -> None:
+        hidden_size = spec.intermediate_size
+        self.spec = spec
+        self.gate_proj = (
+            Linear(size, hidden_size, use_bias=spec.bias, dtype=dtype) if spec.gated else None
+        )
+        self.up_proj = Linear(size, hidden_size, use_bias=spec.bias, dtype=dtype)
+        self.down_proj = Linear(hidden_size, size, use_bias=spec.bias, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:  # [T, D] -> [T, D]
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        act = ACTIVATIONS[self.spec.activation]
+        if self.gate_proj is None:
+            return self.down_proj(act(self.up_proj(x)))
+        return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))

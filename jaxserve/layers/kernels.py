@@ -35,16 +35,27 @@ class Kernels:
         self,
         q: Array,
         k: Array,
-        v: Array,
+        v: Array | None,
         kv_pages: Array,
         pages: PageMetadata,
         layer: int | Array,
         spec: AttentionSpec,
+        sinks: Array | None = None,  # [N] float32
     ) -> tuple[Array, Array]:
         """Writes k, v [T, K, H] into the cache, then attends with q [T, N, H].
+
+        A latent cache has no v.
 
         Returns the attention output [T, N, H] and the cache, which is updated in place if donated.
         """
         return paged_attention(
-            q, k, v, kv_pages, pages, layer, spec=spec, backend=self.attention_backend
+            q,
+            k,
+            v,
+            kv_pages,
+            pages,
+            layer,
+            spec=spec,
+            backend=self.attention_backend,
+            sinks=sinks,
         )

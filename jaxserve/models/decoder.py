@@ -1,4 +1,4 @@
-"""The one decoder: pre-norm transformer blocks over paged KV."""
+"""The one decoder: transformer blocks over paged KV, as their spec says."""
 
 import functools
 from typing import Any
@@ -8,114 +8,208 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxserve.layers.attention import Attention
-from jaxserve.layers.ffn import SwiGLU
-from jaxserve.layers.kernels import AttentionSpec, Kernels, PageMetadata
+from jaxserve.layers.attention import HeadAttention
+from jaxserve.layers.ffn import FFN
+from jaxserve.layers.kernels import Kernels, PageMetadata
 from jaxserve.layers.linear import Embedding, Linear
-from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.norm import Norm
 from jaxserve.layers.rope import angles
-from jaxserve.models.spec import DecoderSpec, ModelBatch
+from jaxserve.models.spec import DecoderSpec, LayerSpec, ModelBatch, Section
+
+type CosSin = tuple[Array, Array]  # [T, H / 2] float32 each
+type Caches = tuple[Array, ...]  # one a KV group
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """Attention and feed-forward with their norms; see `BlockSpec`."""
 
     def __init__(
         self,
+        layer: LayerSpec,
         spec: DecoderSpec,
         *,
-        attention: AttentionSpec,
+        page_size: int,
         kernels: Kernels,
         dtype: jax.typing.DTypeLike,
+        kv_dtype: jax.typing.DTypeLike,
     ) -> None:
-        self.input_norm = RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps, dtype=dtype)
-        self.attention = Attention(
+        def norm(wanted: bool) -> Norm | None:
+            return Norm(spec.hidden_size, spec=spec.norm, dtype=dtype) if wanted else None
+
+        self.block = spec.block
+        self.input_norm = norm(spec.block.attention_in)
+        self.attention = HeadAttention(
             spec.hidden_size,
-            spec=attention,
+            spec=layer.attention,
+            attention=layer.attention.attention(page_size=page_size, dtype=kv_dtype),
             kernels=kernels,
-            use_bias=spec.attention_bias,
-            use_output_bias=spec.attention_output_bias,
             dtype=dtype,
         )
-        self.ffn_norm = RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps, dtype=dtype)
-        self.ffn = SwiGLU(
-            spec.hidden_size, spec.intermediate_size, use_bias=spec.mlp_bias, dtype=dtype
-        )
+        self.attention_out_norm = norm(spec.block.attention_out)
+        self.ffn_norm = norm(spec.block.ffn_in)
+        self.ffn = FFN(spec.hidden_size, spec=layer.ffn, dtype=dtype)
+        self.ffn_out_norm = norm(spec.block.ffn_out)
 
     def __call__(
         self,
-        x: Array,
+        x: Array,  # [T, D]
         kv_pages: Array,
         pages: PageMetadata,
-        cos_sin: tuple[Array, Array],
-        layer: int | Array,
+        cos_sin: CosSin | None,
+        positions: Array,  # [T]
+        layer: int | Array,  # within its KV group
     ) -> tuple[Array, Array]:
-        attended, kv_pages = self.attention(self.input_norm(x), kv_pages, pages, cos_sin, layer)
+        normed = _apply(self.input_norm, x)
+        attended, kv_pages = self.attention(normed, kv_pages, pages, cos_sin, positions, layer)
+        attended = self._scaled(_apply(self.attention_out_norm, attended))
+        if self.block.parallel:
+            ffn_in = normed if self.ffn_norm is None else self.ffn_norm(x)
+            return x + attended + self._scaled(
+                _apply(self.ffn_out_norm, self.ffn(ffn_in))
+            ), kv_pages
         x = x + attended
-        return x + self.ffn(self.ffn_norm(x)), kv_pages
+        ffn_out = self.ffn(_apply(self.ffn_norm, x))
+        return x + self._scaled(_apply(self.ffn_out_norm, ffn_out)), kv_pages
+
+    def _scaled(self, x: Array) -> Array:
+        scale = self.block.residual_scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
 class Decoder(nnx.Module):
     """A causal language model.
 
-    With `scan_layers` the layers' weights are stacked [L, ...] and one compiled body runs L times;
-    without, each layer has arrays of its own and is compiled in line. The numbers are the same.
-    The cache is a carry, never an input and output of the scan: that would copy all of it.
+    With `scan_layers` the weights of layers that repeat a pattern are stacked [repeats, ...] and
+    one compiled body runs that often; without, each layer has arrays of its own and is compiled in
+    line. The numbers are the same. The caches are a carry, never an input and output of the scan:
+    that would copy all of them.
     """
 
     def __init__(
         self,
         spec: DecoderSpec,
         *,
-        attention: AttentionSpec,
+        page_size: int,
         kernels: Kernels,
         dtype: jax.typing.DTypeLike,
+        kv_dtype: jax.typing.DTypeLike,
         scan_layers: bool,
     ) -> None:
-        def make_layer() -> DecoderLayer:
-            return DecoderLayer(spec, attention=attention, kernels=kernels, dtype=dtype)
+        def make_period(section: Section) -> nnx.List[DecoderLayer]:
+            return nnx.List(
+                DecoderLayer(
+                    layer,
+                    spec,
+                    page_size=page_size,
+                    kernels=kernels,
+                    dtype=dtype,
+                    kv_dtype=kv_dtype,
+                )
+                for layer in spec.layers[section.first : section.first + section.period]
+            )
+
+        def make_section(section: Section) -> nnx.List[DecoderLayer]:
+            make = functools.partial(make_period, section)
+            return nnx.vmap(make, axis_size=section.repeats)() if section.is_stacked else make()
 
         self.spec = spec
-        self.scan_layers = scan_layers
+        self.sections = spec.sections(scan=scan_layers)
         self.embedding = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype)
-        if scan_layers:
-            self.layers = nnx.vmap(make_layer, axis_size=spec.num_layers)()
-        else:
-            self.layers = nnx.List([make_layer() for _ in range(spec.num_layers)])
-        self.norm = RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps, dtype=dtype)
+        self.position_embedding = (
+            Embedding(spec.position_rows, spec.hidden_size, dtype=dtype)
+            if spec.position_rows
+            else None
+        )
+        self.embedding_norm = (
+            Norm(spec.hidden_size, spec=spec.norm, dtype=dtype) if spec.embedding_norm else None
+        )
+        self.layers = nnx.List([make_section(section) for section in self.sections])
+        self.norm = Norm(spec.hidden_size, spec=spec.norm, dtype=dtype)
         self.head = (
             None
             if spec.tie_word_embeddings
-            else Linear(spec.hidden_size, spec.vocab_size, dtype=dtype)
+            else Linear(spec.hidden_size, spec.vocab_size, use_bias=spec.head_bias, dtype=dtype)
         )
 
-    def __call__(
-        self, batch: ModelBatch, kv_pages: tuple[Array, ...]
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """Hidden states [T, D] after the last norm, and the cache with this step's tokens in it."""
-        x = self.embedding(batch.token_ids)  # [T, D]
-        cos_sin = angles(self.spec.rope, batch.positions)
-        (pages,), (kv,) = batch.pages, kv_pages
-        numbers = jnp.arange(self.spec.num_layers, dtype=jnp.int32)
-        if isinstance(self.layers, DecoderLayer):  # stacked
-            graph, states = nnx.split(self.layers)
+    def __call__(self, batch: ModelBatch, kv_pages: Caches) -> tuple[Array, Caches]:
+        """Hidden states [T, D] after the last norm, and the caches with this step's tokens."""
+        x = self._embed(batch)
+        angles_of = {rope: angles(rope, batch.positions) for rope in self.spec.ropes}
+        carry = (x, kv_pages)
+        for section, layers in zip(self.sections, self.layers, strict=True):
+            carry = self._run_section(section, layers, carry, batch, angles_of)
+        x, kv_pages = carry
+        return self.norm(x), kv_pages
 
-            def body(carry: tuple[Array, Array], scanned: Any) -> tuple[tuple[Array, Array], None]:
-                state, number = scanned
-                return _run_layer(graph, state, carry, pages, cos_sin, number), None
+    def _embed(self, batch: ModelBatch) -> Array:  # [T, D]
+        x = self.embedding(batch.token_ids)
+        if self.spec.embedding_scale != 1:
+            x = x * jnp.asarray(self.spec.embedding_scale, x.dtype)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(batch.positions + self.spec.position_offset)
+        return _apply(self.embedding_norm, x)
 
-            (x, kv), _ = jax.lax.scan(body, (x, kv), (states, numbers))
-        else:
-            for number, layer in zip(numbers, self.layers, strict=True):
-                graph, state = nnx.split(layer)
-                x, kv = _run_layer(graph, state, (x, kv), pages, cos_sin, number)
-        return self.norm(x), (kv,)
+    def _run_section(
+        self,
+        section: Section,
+        layers: nnx.List[DecoderLayer],
+        carry: tuple[Array, Caches],
+        batch: ModelBatch,
+        angles_of: dict,
+    ) -> tuple[Array, Caches]:
+        places = self.spec.kv_places
+        split = [nnx.split(layer) for layer in layers]
+
+        def run_period(
+            carry: tuple[Array, Caches], states: list[nnx.State], repeat: int | Array
+        ) -> tuple[Array, Caches]:
+            x, caches = carry[0], list(carry[1])
+            for i, (graph, _) in enumerate(split):
+                group, number = places[section.first + i]
+                # Layers of the group in one period: how far a repeat moves on within the cache.
+                step = sum(
+                    places[j][0] == group
+                    for j in range(section.first, section.first + section.period)
+                )
+                rope = self.spec.layers[section.first + i].attention.rope
+                x, caches[group] = _run_layer(
+                    graph,
+                    states[i],
+                    (x, caches[group]),
+                    batch.pages[group],
+                    None if rope is None else angles_of[rope],
+                    batch.positions,
+                    jnp.int32(number) + step * repeat,
+                )
+            return x, tuple(caches)
+
+        states = [state for _, state in split]
+        if not section.is_stacked:
+            return run_period(carry, states, 0)
+
+        def body(carry: tuple[Array, Caches], scanned: Any) -> tuple[tuple[Array, Caches], None]:
+            return run_period(carry, *scanned), None
+
+        repeats = jnp.arange(section.repeats, dtype=jnp.int32)
+        carry, _ = jax.lax.scan(body, carry, (states, repeats))
+        return carry
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states [R, D] to logits [R, V], float32."""
         if self.head is None:
-            return self.embedding.attend(hidden)
-        return jnp.matmul(hidden, self.head.weight[...], preferred_element_type=jnp.float32)
+            logits = self.embedding.attend(hidden)
+        else:
+            logits = jnp.matmul(hidden, self.head.weight[...], preferred_element_type=jnp.float32)
+            if self.head.bias is not None:
+                logits = logits + self.head.bias[...].astype(jnp.float32)
+        if self.spec.logit_scale != 1:
+            logits = logits * self.spec.logit_scale
+        cap = self.spec.logit_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _apply(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -124,9 +218,10 @@ def _run_layer(
     state: nnx.State,
     carry: tuple[Array, Array],
     pages: PageMetadata,
-    cos_sin: tuple[Array, Array],
+    cos_sin: CosSin | None,
+    positions: Array,
     number: Array,
 ) -> tuple[Array, Array]:
-    """One layer. A function of its own, so that all layers are traced and lowered once."""
+    """One layer. A function of its own, so that layers of a kind are traced and lowered once."""
     x, kv_pages = carry
-    return nnx.merge(graph, state)(x, kv_pages, pages, cos_sin, number)
+    return nnx.merge(graph, state)(x, kv_pages, pages, cos_sin, positions, number)

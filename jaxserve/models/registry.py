@@ -1,17 +1,20 @@
 """Which family serves which architecture."""
 
-from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
 
 from jaxserve.errors import CheckpointError, UnsupportedError
 from jaxserve.models import llama
+from jaxserve.models.config_fields import Config
+from jaxserve.models.names import WeightNames
 from jaxserve.models.spec import DecoderSpec
 
-FAMILIES: dict[str, ModuleType] = dict.fromkeys(llama.ARCHITECTURES, llama)
+_MODULES = (llama,)
+FAMILIES: dict[str, ModuleType] = {
+    architecture: module for module in _MODULES for architecture in module.ARCHITECTURES
+}
 
 
-def architecture(config: Mapping[str, Any]) -> str:
+def architecture(config: Config) -> str:
     """The architecture that a config.json names.
 
     Raises:
@@ -27,6 +30,11 @@ def architecture(config: Mapping[str, Any]) -> str:
     return names[0]
 
 
-def spec_from_config(config: Mapping[str, Any]) -> DecoderSpec:
+def spec_from_config(config: Config) -> DecoderSpec:
     """The decoder that a config.json describes."""
     return FAMILIES[architecture(config)].spec_from_config(config)
+
+
+def weight_names(config: Config, spec: DecoderSpec) -> WeightNames:
+    """Where checkpoints of the config's architecture keep the weights of `spec`."""
+    return FAMILIES[architecture(config)].weight_names(spec)

@@ -4,8 +4,8 @@ Walking a module's tree in every step would cost milliseconds of host time for a
 leaves, so executables take the list.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,9 +14,9 @@ from jax import Array
 
 from jaxserve.checkpoint import WeightSource
 from jaxserve.layers.kernels import Kernels
-from jaxserve.models import registry
 from jaxserve.models.decoder import Decoder
-from jaxserve.models.spec import DecoderSpec
+from jaxserve.models.names import WeightNames
+from jaxserve.models.spec import DecoderSpec, Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class SplitModel:
     """A decoder without its weights."""
 
     graph: nnx.GraphDef
+    sections: tuple[Section, ...]
     treedef: Any  # PyTreeDef
     names: tuple[str, ...]  # dotted path of each weight, in the order of the list
     shapes: tuple[jax.ShapeDtypeStruct, ...]
@@ -31,14 +32,19 @@ class SplitModel:
     def merge(self, weights: list[Array]) -> Decoder:
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, weights))
 
-    def sources(self, architecture: str, num_layers: int) -> dict[str, WeightSource]:
-        """Where the checkpoint keeps each weight."""
-        source: Callable[[str, tuple[int, ...], int], WeightSource]
-        source = registry.FAMILIES[architecture].weight_source
-        return {
-            name: source(name, shape.shape, num_layers)
-            for name, shape in zip(self.names, self.shapes, strict=True)
-        }
+    def sources(self, names: WeightNames, tensors: Collection[str]) -> dict[str, WeightSource]:
+        """Where a checkpoint with these tensors keeps each weight."""
+        prefix = names.prefix(tensors)
+        found = {}
+        for path, shape in zip(self.names, self.shapes, strict=True):
+            source = names.source(path, shape.shape, sections=self.sections, prefix=prefix)
+            found[path] = replace(source, dtype=shape.dtype.name)
+        return found
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights, biases included; a tied head counts once."""
+        return sum(shape.size for shape in self.shapes)
 
 
 def split_model(
@@ -51,10 +57,14 @@ def split_model(
     kv_dtype: jax.typing.DTypeLike | None = None,
 ) -> SplitModel:
     """Builds a decoder abstractly: no array is made. `kv_dtype` None stores `dtype`."""
-    attention = spec.attention(page_size=page_size, dtype=kv_dtype or dtype)
     model = nnx.eval_shape(
         lambda: Decoder(
-            spec, attention=attention, kernels=kernels, dtype=dtype, scan_layers=scan_layers
+            spec,
+            page_size=page_size,
+            kernels=kernels,
+            dtype=dtype,
+            kv_dtype=kv_dtype or dtype,
+            scan_layers=scan_layers,
         )
     )
     graph, state = nnx.split(model)
@@ -64,4 +74,4 @@ def split_model(
         for path, _ in paths
     )
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, leaf in paths)
-    return SplitModel(graph, treedef, names, shapes)
+    return SplitModel(graph, spec.sections(scan=scan_layers), treedef, names, shapes)

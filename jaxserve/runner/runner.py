@@ -61,21 +61,20 @@ class Runner:
         self._cache_folder = compile_cache.enable(config.compilation_cache_dir)
         self._show_progress = config.show_progress
         self.device = device.detect()
-        architecture = registry.architecture(checkpoint.config)
-        self.spec = registry.spec_from_config(checkpoint.config)
+        spec = registry.spec_from_config(checkpoint.config)
         self.settings = resolve(
-            config, self.spec, self.device, model_dtype=_dtype_name(checkpoint.config)
+            config, spec, self.device, model_dtype=_dtype_name(checkpoint.config)
         )
         s = self.settings
-        attention = self.spec.attention(page_size=s.page_size, dtype=s.kv_dtype)
+        self.spec = spec = spec.for_context(s.max_model_len)
+        kinds = spec.attentions(page_size=s.page_size, dtype=s.kv_dtype)
         try:
             self.attention_backend, self.attention_reasons = choose_backend(
-                config.attention_backend,
-                attention,
-                chip=Chip.of(self.device.device),
+                config.attention_backend, *kinds, chip=Chip.of(self.device.device)
             )
             if self.attention_backend.is_kernel:
-                verify(attention, self.attention_backend, dtype=s.dtype)
+                for kind in kinds:
+                    verify(kind, self.attention_backend, dtype=s.dtype)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self._model = split_model(
@@ -86,26 +85,35 @@ class Runner:
             kv_dtype=s.kv_dtype,
             scan_layers=s.scan_layers,
         )
+        names = registry.weight_names(checkpoint.config, spec)
         start = time.perf_counter()
         loaded = load_weights(
             checkpoint,
-            self._model.sources(architecture, self.spec.num_layers),
+            self._model.sources(names, checkpoint.tensors),
             dtype=s.dtype,
             load_format=config.load_format,
             seed=config.seed,
+            ignored=names.ignored,
         )
         self._weights: list[Array] = [loaded.pop(name) for name in self._model.names]
         jax.block_until_ready(self._weights)
         self.load_s = time.perf_counter() - start
         self.weight_bytes = sum(w.nbytes for w in self._weights)
-        self.bytes_a_page = kv_cache.page_bytes(
-            attention.kv, self.spec.num_layers, backend=self.attention_backend
+        self.num_parameters = self._model.num_parameters
+        self._kv_specs = tuple(
+            group.attention.attention(page_size=s.page_size, dtype=s.kv_dtype).kv
+            for group in spec.kv_groups
+        )
+        self.bytes_a_page = sum(
+            kv_cache.page_bytes(kv, group.num_layers, backend=self.attention_backend)
+            for kv, group in zip(self._kv_specs, spec.kv_groups, strict=True)
         )
         self._shapes = RowShapes(
             max_num_seqs=s.max_num_seqs,
             max_model_len=s.max_model_len,
             page_size=s.page_size,
-            vocab_size=self.spec.vocab_size,
+            vocab_size=spec.vocab_size,
+            num_groups=len(spec.kv_groups),
         )
         self._layouts = {
             t: Layout(t, self._shapes) for t in token_buckets(s.max_num_batched_tokens)
@@ -120,10 +128,10 @@ class Runner:
             weight_bytes=self.weight_bytes,
             step_bytes=self._estimated_step_bytes(),
         )
+        self._none: tuple[tuple[int, ...], ...] = ((),) * self._shapes.num_groups
         self.compiles = CompileCounter()
         self.compile_s = 0.0
         self._executables: dict[str, Any] = {}
-        self._kv_spec = attention.kv
         self._parameters = RowParameters(self._shapes)
         self._held: dict[int, list[list[int]]] = {}  # row -> per group, the pages it holds
         self._requests: dict[int, Request] = {}  # row -> request
@@ -141,15 +149,18 @@ class Runner:
     def _estimated_step_bytes(self) -> int:
         """Temporaries of the largest step: activations, and float32 logits in a few copies."""
         s, m = self.settings, self.spec
-        width = 2 * m.intermediate_size + 4 * m.hidden_size + m.num_heads * m.head_dim * 4
+        width = 4 * m.hidden_size + max(
+            2 * layer.attention.activation_size + layer.ffn.activation_size for layer in m.layers
+        )
         rows = min(s.max_num_batched_tokens, s.max_num_seqs)
         return s.max_num_batched_tokens * width * 4 + 5 * rows * m.vocab_size * 4 + (256 << 20)
 
     def _abstract_state(self) -> DeviceState:
-        kv = kv_pages_shape(
-            self._kv_spec, self.spec.num_layers, self.num_pages, backend=self.attention_backend
+        caches = tuple(
+            kv_pages_shape(kv, group.num_layers, self.num_pages, backend=self.attention_backend)
+            for kv, group in zip(self._kv_specs, self.spec.kv_groups, strict=True)
         )
-        return DeviceState((kv,), self._shapes.abstract())  # pyright: ignore[reportArgumentType]
+        return DeviceState(caches, self._shapes.abstract())  # pyright: ignore[reportArgumentType]
 
     def _allocate(self) -> DeviceState:
         shapes = self._abstract_state()
@@ -170,14 +181,17 @@ class Runner:
             return Job(name, load, (state, ints(size)), donate=(0,))
 
         jobs = [
-            loader("load_tokens", load_tokens, pack_tokens(self._shapes, 0, ((),), ()).size),
+            loader("load_tokens", load_tokens, pack_tokens(self._shapes, 0, self._none, ()).size),
             loader(
                 "load_sampling", load_sampling, pack_sampling(self._shapes, 0, _NO_REQUEST).size
             ),
         ]
         for t, layout in sorted(self._layouts.items(), reverse=True):
             step = make_step(
-                layout, self._model, num_pages=(self.num_pages,), max_logprobs=s.max_logprobs
+                layout,
+                self._model,
+                num_pages=(self.num_pages,) * self._shapes.num_groups,
+                max_logprobs=s.max_logprobs,
             )
             masks = jax.ShapeDtypeStruct((layout.num_rows, self._shapes.mask_words), jnp.uint32)
             arguments = (weights, state, ints(layout.size), masks)
@@ -219,11 +233,12 @@ class Runner:
         XLA:CPU's first run of each costs a quarter of a second more than the next.
         """
         idle, there = self.settings.max_num_seqs, self.device.device
-        self._load("load_tokens", pack_tokens(self._shapes, idle, ((),), ()))
+        self._load("load_tokens", pack_tokens(self._shapes, idle, self._none, ()))
         self._load("load_sampling", pack_sampling(self._shapes, idle, _NO_REQUEST))
+        no_pages: tuple[list[PageUpdate], ...] = ([],) * self._shapes.num_groups
         empty = StepPlan(rows=(), new_rows=(), num_tokens=0)
         for t, layout in self._layouts.items():
-            blob = jax.device_put(pack(layout, empty, self._parameters, ([],)), there)
+            blob = jax.device_put(pack(layout, empty, self._parameters, no_pages), there)
             self._state, _, hidden = self._executables[f"step_{t}"](
                 self._weights, self._state, blob, self._no_masks[layout.num_rows]
             )

@@ -25,11 +25,12 @@ def dummy_weights(
     weights = {}
     for name, source in wanted.items():
         sharding = shardings.get(name)
-        if source.names[0].endswith(("norm.weight", "layernorm.weight")):
-            weights[name] = jnp.ones(source.shape, dtype, device=sharding)
+        own = np.dtype(source.dtype) if source.dtype else dtype
+        if name.endswith("norm.weight"):
+            weights[name] = jnp.ones(source.shape, own, device=sharding)
         else:
             salt = zlib.crc32(name.encode())
-            make = _normal(source.shape, dtype, sharding)
+            make = _normal(source.shape, own, sharding)
             weights[name] = make(np.uint32(seed & 0xFFFFFFFF), np.uint32(salt))
     return weights
 

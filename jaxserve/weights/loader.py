@@ -5,15 +5,17 @@ beside what is already on the devices. On the CPU backend the finished host arra
 device's (zero copy), so it is 64-byte aligned and never touched again.
 """
 
+import math
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 
-from jaxserve.checkpoint import Checkpoint, TensorInfo, WeightSource
+from jaxserve.checkpoint import Checkpoint, Part, TensorInfo, WeightSource
 from jaxserve.errors import CheckpointError, UnsupportedError
 from jaxserve.weights.dummy import dummy_weights
 from jaxserve.weights.reader import TensorFiles, read_into, readable_encodings
@@ -21,7 +23,7 @@ from jaxserve.weights.reader import TensorFiles, read_into, readable_encodings
 MAX_PROBLEMS = 8  # named in an error; the others are counted
 MAX_THREADS = 8
 _ALIGNMENT = 64  # what XLA wants to use a host buffer in place
-_DERIVED = ("rotary_emb.inv_freq",)  # buffers of old checkpoints; models compute them
+_DERIVED = (r".*rotary_emb\.inv_freq",)  # buffers of old checkpoints; models compute them
 
 type Progress = Callable[[int, int], None]
 type Index = tuple[slice, ...]
@@ -35,6 +37,7 @@ def load_weights(
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     load_format: str = "auto",
     seed: int = 0,
+    ignored: tuple[str, ...] = (),
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """Read a model's parameters onto its devices.
@@ -42,11 +45,12 @@ def load_weights(
     Args:
         checkpoint: Where the tensors are.
         wanted: Parameter name -> the tensors it is made of.
-        dtype: Of every parameter.
+        dtype: Of every parameter whose source names no other.
         shardings: Of parameters; one without goes to the default device. Each process reads
             only the slices of its own devices.
         load_format: "dummy" makes random weights instead of reading.
         seed: Of dummy weights.
+        ignored: Regular expressions: tensors of the checkpoint that no model reads.
         progress: Called with bytes done and bytes in all, in the parameters' dtype.
 
     Raises:
@@ -57,19 +61,23 @@ def load_weights(
     places = shardings or {}
     if load_format == "dummy":
         return dummy_weights(wanted, dtype=target, shardings=places, seed=seed)
-    check_weights(checkpoint, wanted)
+    check_weights(checkpoint, wanted, ignored)
     report = _Progress(wanted, target, progress)
     weights = {}
     with TensorFiles() as files, ThreadPoolExecutor(_num_threads()) as pool:
         for name, source in wanted.items():
-            maker = _Maker(checkpoint, source, target, files, pool, report)
+            wanted_dtype = np.dtype(source.dtype) if source.dtype else target
+            maker = _Maker(checkpoint, source, wanted_dtype, files, pool, report)
             weights[name] = maker.place(places.get(name))
     report.finish()
     return weights
 
 
-def check_weights(checkpoint: Checkpoint, wanted: Mapping[str, WeightSource]) -> None:
+def check_weights(
+    checkpoint: Checkpoint, wanted: Mapping[str, WeightSource], ignored: tuple[str, ...] = ()
+) -> None:
     """Raise one error that names everything in which a checkpoint differs from a model."""
+    skip = re.compile("|".join((*_DERIVED, *ignored)))
     used = {name for source in wanted.values() for name in source.names}
     # Where the config does not say, the model's own default decided whether a head is wanted.
     tied = bool(checkpoint.config.get("tie_word_embeddings", True))
@@ -77,7 +85,7 @@ def check_weights(checkpoint: Checkpoint, wanted: Mapping[str, WeightSource]) ->
     unexpected = sorted(
         name
         for name in checkpoint.tensors.keys() - used
-        if not name.endswith(_DERIVED) and not (tied and name == "lm_head.weight")
+        if not skip.fullmatch(name) and not (tied and name.endswith("lm_head.weight"))
     )
     problems = [
         *_listed("missing", missing),
@@ -121,10 +129,24 @@ def _wrong_shapes(checkpoint: Checkpoint, wanted: Mapping[str, WeightSource]) ->
 
 def tensor_shape(source: WeightSource) -> tuple[int, ...]:
     """The shape in the checkpoint of each tensor of a source."""
-    if len(source.names) != (source.shape[0] if source.stacked else 1):
+    depth = len(source.stack)
+    if len(source.names) != math.prod(source.stack) or source.shape[:depth] != source.stack:
         raise ValueError(f"{len(source.names)} tensors cannot make {source}")
-    shape = source.shape[1:] if source.stacked else source.shape
-    return (*shape[:-2], shape[-1], shape[-2]) if source.transpose else shape
+    shape = list(source.shape[depth:])
+    if source.transpose:
+        shape[-2:] = shape[:-3:-1]
+    part = source.part
+    if part is not None:
+        axis = part_axis(part, shape)
+        if shape[axis] != part.size:
+            raise ValueError(f"{part} does not make {source}")
+        shape[axis] = part.groups * part.group_size
+    return tuple(shape)
+
+
+def part_axis(part: Part, shape: Sequence[int]) -> int:
+    """The axis of a tensor that a part is taken of; a vector has only one."""
+    return part.axis if len(shape) > 1 else -1
 
 
 class _Maker:
@@ -166,14 +188,19 @@ class _Maker:
     def read(self, index: Index) -> np.ndarray:
         """One slice of the parameter as a new host array."""
         out = aligned_empty(tuple(s.stop - s.start for s in index), self.dtype)
-        if not self.source.stacked:
+        stack = self.source.stack
+        if not stack:
             self._read_tensor(self.infos[0], index, out)
             return out
-        layers = range(index[0].start, index[0].stop)
-        jobs = [
-            self.pool.submit(self._read_tensor, self.infos[layer], index[1:], out[number])
-            for number, layer in enumerate(layers)
-        ]
+        depth = len(stack)
+        jobs = []
+        for place in np.ndindex(out.shape[:depth]):
+            number = np.ravel_multi_index(
+                [i + s.start for i, s in zip(place, index, strict=False)], stack
+            )
+            jobs.append(
+                self.pool.submit(self._read_tensor, self.infos[number], index[depth:], out[place])
+            )
         for job in jobs:
             job.result()
         return out
@@ -182,8 +209,34 @@ class _Maker:
         target = out
         if self.source.transpose:
             index, target = (*index[:-2], index[-1], index[-2]), out.swapaxes(-1, -2)
-        read_into(self.files, info, index, target)
+        part = self.source.part
+        if part is None:
+            read_into(self.files, info, index, target)
+        else:
+            self._read_part(info, part, index, target)
         self.report.add(out.nbytes)
+
+    def _read_part(self, info: TensorInfo, part: Part, index: Index, out: np.ndarray) -> None:
+        """Reads whole groups, then keeps what belongs to the part."""
+        axis = part_axis(part, info.shape) + len(info.shape)
+        wanted, width = index[axis], part.stop - part.start
+        if part.groups == 1:
+            span = slice(wanted.start + part.start, wanted.stop + part.start)
+            read_into(self.files, info, (*index[:axis], span, *index[axis + 1 :]), out)
+            return
+        first, last = wanted.start // width, -(-wanted.stop // width)
+        span = slice(first * part.group_size, last * part.group_size)
+        shape = [*out.shape[:axis], span.stop - span.start, *out.shape[axis + 1 :]]
+        whole = np.empty(shape, self.dtype)
+        read_into(self.files, info, (*index[:axis], span, *index[axis + 1 :]), whole)
+        grouped = whole.reshape(*shape[:axis], last - first, part.group_size, *shape[axis + 1 :])
+        kept = np.moveaxis(grouped, axis + 1, 0)[part.start : part.stop]
+        kept = np.moveaxis(kept, 0, axis + 1).reshape(
+            *shape[:axis], (last - first) * width, *shape[axis + 1 :]
+        )
+        begin = wanted.start - first * width
+        trim = slice(begin, begin + wanted.stop - wanted.start)
+        out[...] = kept[(slice(None),) * axis + (trim,)]
 
 
 class _Progress:

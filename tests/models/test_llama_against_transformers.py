@@ -2,67 +2,24 @@
 
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxserve.checkpoint import open_checkpoint
 from jaxserve.errors import CheckpointError, UnsupportedError
-from jaxserve.layers.kernels import XLA, Kernels, PageMetadata, kv_pages_shape
-from jaxserve.models.llama import spec_from_config
-from jaxserve.models.registry import architecture
-from jaxserve.models.spec import ModelBatch
+from jaxserve.layers.kernels import XLA, Kernels
+from jaxserve.models.registry import architecture, spec_from_config
 from jaxserve.runner.model import split_model
-from jaxserve.weights.loader import load_weights
+from tests.models.alone import ModelAlone
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "tiny_llama"
 VARIANTS = sorted(path.name for path in GOLDEN.iterdir())
-PAGE_SIZE, NUM_PAGES = 8, 12
 
 
 def logits_of(folder: Path, tokens: np.ndarray, *, scan: bool, chunks: list[int]) -> np.ndarray:
-    """Logits [T, V] of one sequence, fed in chunks through pages in a scattered order."""
-    checkpoint = open_checkpoint(str(folder))
-    spec = spec_from_config(checkpoint.config)
-    split = split_model(
-        spec, page_size=PAGE_SIZE, kernels=Kernels(XLA), dtype=jnp.float32, scan_layers=scan
-    )
-    sources = split.sources(architecture(checkpoint.config), spec.num_layers)
-    loaded = load_weights(checkpoint, sources, dtype=jnp.float32)
-    weights = [loaded[name] for name in split.names]
-    kv_spec = spec.attention(page_size=PAGE_SIZE, dtype=jnp.float32).kv
-    shape = kv_pages_shape(kv_spec, spec.num_layers, NUM_PAGES, backend=XLA)
-    kv = (jnp.full(shape.shape, jnp.nan, shape.dtype),)  # what is not written must not be read
-    table = np.random.default_rng(0).permutation(np.arange(1, NUM_PAGES)).astype(np.int32)
-
-    @jax.jit
-    def run(weights: list, kv: tuple, batch: ModelBatch) -> tuple:
-        model = split.merge(weights)
-        hidden, kv = model(batch, kv)
-        return model.logits(hidden), kv
-
-    rows, done = [], 0
-    for size in chunks:
-        positions = np.arange(done, done + size)
-        pages = PageMetadata(
-            page_table=jnp.asarray(table[None]),
-            slots=jnp.asarray(table[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE),
-            kv_lens=jnp.asarray([done + size]),
-            query_starts=jnp.asarray([0, size]),
-            num_rows=jnp.asarray(1),
-            num_decode_rows=jnp.asarray(int(size == 1)),
-            num_pages=NUM_PAGES,
-        )
-        batch = ModelBatch(
-            token_ids=jnp.asarray(tokens[positions]),
-            positions=jnp.asarray(positions),
-            pages=(pages,),
-        )
-        logits, kv = run(weights, kv, batch)
-        rows.append(np.asarray(logits))
-        done += size
-    return np.concatenate(rows)
+    model = ModelAlone(open_checkpoint(str(folder)), scan=scan, max_len=88)
+    return model.logits(tokens, chunks)
 
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
@@ -102,8 +59,8 @@ def config(**changes: object) -> dict:
         ({"hidden_size": None}, CheckpointError, "hidden_size"),
         ({"num_attention_heads": 0}, CheckpointError, "num_attention_heads=0"),
         ({"num_key_value_heads": 3}, CheckpointError, "num_key_value_heads=3"),
-        ({"hidden_act": "relu"}, UnsupportedError, "relu"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, UnsupportedError, "longrope"),
+        ({"hidden_act": "xielu"}, UnsupportedError, "xielu"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, UnsupportedError, "mrope"),
         ({"vocab_size": True}, CheckpointError, "vocab_size"),
     ],
 )
@@ -123,4 +80,8 @@ def test_the_parameter_count_is_that_of_the_weights() -> None:
     for variant in VARIANTS:
         checkpoint = open_checkpoint(str(GOLDEN / variant))
         count = sum(int(np.prod(t.shape)) for t in checkpoint.tensors.values())
-        assert spec_from_config(checkpoint.config).num_parameters == count
+        spec = spec_from_config(checkpoint.config)
+        split = split_model(
+            spec, page_size=8, kernels=Kernels(XLA), dtype=jnp.float32, scan_layers=True
+        )
+        assert split.num_parameters == count

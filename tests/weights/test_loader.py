@@ -29,12 +29,12 @@ def wanted_of(weights: dict[str, np.ndarray]) -> dict[str, WeightSource]:
     wanted = {}
     for name, weight in weights.items():
         if not name.startswith("model.layers."):
-            wanted[name] = WeightSource(names=(name,), stacked=False, shape=weight.shape)
+            wanted[name] = WeightSource(names=(name,), shape=weight.shape)
         elif name.startswith("model.layers.0."):
             part = name.removeprefix("model.layers.0.")
             wanted[part] = WeightSource(
                 names=tuple(f"model.layers.{i}.{part}" for i in range(LAYERS)),
-                stacked=True,
+                stack=(LAYERS,),
                 shape=(LAYERS, *weight.shape[::-1]),
                 transpose=weight.ndim == 2,
             )
@@ -45,7 +45,7 @@ def expected_of(weights: dict[str, np.ndarray], wanted: dict[str, WeightSource])
     found = {}
     for name, source in wanted.items():
         parts = [weights[n].T if source.transpose else weights[n] for n in source.names]
-        found[name] = np.stack(parts) if source.stacked else parts[0]
+        found[name] = np.stack(parts) if source.stack else parts[0]
     return found
 
 
@@ -158,14 +158,14 @@ def test_derived_buffers_and_a_tied_head_are_no_surprise(tmp_path: Path) -> None
 def test_other_encodings_are_refused_by_name(tmp_path: Path, dtype: np.dtype) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({"w": np.zeros((2, 2), dtype)}, tmp_path / "model.safetensors")
-    wanted = {"w": WeightSource(names=("w",), stacked=False, shape=(2, 2))}
+    wanted = {"w": WeightSource(names=("w",), shape=(2, 2))}
     with pytest.raises(UnsupportedError, match=r"w \((I8|F8_E4M3)\)\. Supported: F64, F32"):
         load_weights(open_checkpoint(str(tmp_path)), wanted, dtype="float32")
 
 
 def test_a_source_that_contradicts_itself_is_a_bug(tmp_path: Path) -> None:
     found = open_checkpoint(str(write_folder(tmp_path / "m", llama_weights())))
-    wanted = {"w": WeightSource(names=("model.norm.weight",), stacked=True, shape=(2, 64))}
+    wanted = {"w": WeightSource(names=("model.norm.weight",), stack=(2,), shape=(2, 64))}
     with pytest.raises(ValueError, match="cannot make"):
         load_weights(found, wanted, dtype="float32")
 
@@ -279,8 +279,8 @@ from jaxserve.weights.loader import load_weights
 found = open_checkpoint(sys.argv[1])
 names = tuple(found.tensors)
 shape = found.tensors[names[0]].shape
-wanted = {"w": WeightSource(names=names[:8], stacked=True, shape=(8, *shape[::-1]), transpose=True),
-          "v": WeightSource(names=names[8:], stacked=True, shape=(8, *shape))}
+wanted = {"w": WeightSource(names=names[:8], stack=(8,), shape=(8, *shape[::-1]), transpose=True),
+          "v": WeightSource(names=names[8:], stack=(8,), shape=(8, *shape))}
 jax.numpy.zeros(1).block_until_ready()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
@@ -319,13 +319,13 @@ def demo_wanted(found: Checkpoint) -> dict[str, WeightSource]:
     layers, wanted = found.config["num_hidden_layers"], {}
     for name, info in found.tensors.items():
         if not name.startswith("model.layers."):
-            wanted[name] = WeightSource(names=(name,), stacked=False, shape=info.shape)
+            wanted[name] = WeightSource(names=(name,), shape=info.shape)
         elif name.startswith("model.layers.0."):
             part = name.removeprefix("model.layers.0.")
             names = tuple(f"model.layers.{i}.{part}" for i in range(layers))
             shape = (layers, *info.shape[::-1])
             wanted[part] = WeightSource(
-                names=names, stacked=True, shape=shape, transpose=len(info.shape) == 2
+                names=names, stack=(layers,), shape=shape, transpose=len(info.shape) == 2
             )
     return wanted
 
