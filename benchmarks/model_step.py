@@ -65,7 +65,7 @@ def model_step(
     The arguments are the weights, the state, which is to be donated, the upload, and the masks of
     grammars.
     """
-    spec = spec_from_config(MODELS[model])
+    spec = spec_from_config({"architectures": ["LlamaForCausalLM"], **MODELS[model]})
     spec = replace(spec, layers=spec.layers[:num_layers])
     shapes = RowShapes(
         max_num_seqs=64,
