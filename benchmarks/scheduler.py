@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxserve.kv_group import KVGroup
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.scheduler import Scheduler
@@ -119,7 +120,7 @@ def measure(
 
 def make_scheduler(num_blocks: int) -> Scheduler:
     return Scheduler(
-        num_blocks=num_blocks,
+        groups=(KVGroup(num_blocks=num_blocks),),
         block_size=BLOCK_SIZE,
         max_num_seqs=NUM_ROWS,
         max_num_batched_tokens=2048,

@@ -22,7 +22,9 @@ class RowPlan(NamedTuple):
     token_ids: tuple[int, ...]
     num_computed_tokens: int
     num_tokens: int
-    new_block_ids: tuple[tuple[int, ...], ...]  # per KV group; appended to the row's page table
+    # Per KV group; appended to the row's page table. There, pages that a window has passed stay
+    # named, and others write them: whoever attends must not read what lies before the window.
+    new_block_ids: tuple[tuple[int, ...], ...]
     samples: bool  # the last of the tokens yields logits and a new token
     wants_prompt_logprobs: bool = False  # score these (prompt) tokens' successors
     pools: bool = False  # with `samples`: the hidden state is wanted, too
@@ -33,7 +35,8 @@ class NewRow:
     """A sequence that takes a row: first admission, or resumption after a preemption.
 
     `token_ids` are all tokens known so far (prompt, then output); `block_ids` the blocks it already
-    holds before this step's `new_block_ids` (prefix-cache hits and blocks shared with a sibling).
+    holds before this step's `new_block_ids` (prefix-cache hits and blocks shared with a sibling),
+    the null block where its group's window has passed already.
     """
 
     seq_id: int
@@ -88,11 +91,10 @@ class StepStats:
     num_waiting: int
     num_prefill_tokens: int
     num_decode_tokens: int
-    num_used_blocks: int
-    num_free_blocks: int  # free or evictable
-    num_allocated_slots: (
-        int  # token places in the blocks that running sequences hold (shared: once)
-    )
+    num_used_blocks: int  # of the KV group of which the largest share is in use
+    num_free_blocks: int  # of the same group; free or evictable
+    # Token places in the blocks, of all groups, that running sequences hold; shared ones once.
+    num_allocated_slots: int
     num_written_slots: int  # of those, places that hold a token
     num_preemptions: int  # since start
     num_prefix_queries: int  # tokens looked up in the prefix cache since start

@@ -23,6 +23,7 @@ CORRIDOR = {
     "checkpoint": "errors config gguf gguf_config safetensors",
     "request": "errors structured_outputs sampling_params",
     "outputs": "errors structured_outputs sampling_params request",
+    "kv_group": "",
     "step": "errors structured_outputs sampling_params request",
 }
 ALL = " ".join(CORRIDOR)

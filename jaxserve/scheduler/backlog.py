@@ -39,6 +39,7 @@ class Backlog:
         wants_scores = request.sampling.prompt_logprobs is not None
         # One list for all choices; its first entry is None, because nothing predicts that token.
         prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wants_scores else None
+        unstarted = set(range(request.sampling.n))
         choices = [
             Sequence(
                 seq_id=next(self._seq_ids),
@@ -49,6 +50,7 @@ class Backlog:
                 block_ids=tuple([] for _ in range(self._num_groups)),
                 num_tokens=num_prompt,
                 prompt_logprobs=prompt_logprobs,
+                unstarted=unstarted,
             )
             for choice in range(request.sampling.n)
         ]
@@ -93,6 +95,7 @@ class Backlog:
     def remove(self, seq: Sequence) -> None:
         """Forgets an ended sequence; if others waited for its prompt, the next choice leads."""
         del self.live[seq.seq_id]
+        seq.unstarted.discard(seq.choice)
         choices = self._choices[seq.request.request_id]
         del choices[seq.choice]
         if not choices:

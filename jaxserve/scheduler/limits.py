@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jaxserve.errors import ConfigError, RequestError
+from jaxserve.kv_group import KVGroup, most_blocks
 from jaxserve.request import Request
 
 
@@ -14,7 +15,7 @@ class Limits:
         ConfigError: They do not go together.
     """
 
-    num_blocks: int  # of each KV group, with the null block
+    groups: tuple[KVGroup, ...]
     block_size: int  # tokens
     max_num_seqs: int  # rows
     max_num_batched_tokens: int  # a step
@@ -23,11 +24,16 @@ class Limits:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        if self.num_blocks < 2:
-            problems.append(
-                f"num_blocks={self.num_blocks} leaves none to use, because block 0 is padding; "
-                "use at least 2"
-            )
+        if not self.groups:
+            problems.append("groups is empty; give one KVGroup for each kind of layer")
+        for group in self.groups:
+            if group.num_blocks < 2:
+                problems.append(
+                    f"num_blocks={group.num_blocks} leaves none to use, because block 0 is "
+                    "padding; use at least 2"
+                )
+            if group.window is not None and group.window < 1:
+                problems.append(f"window={group.window} is too small; use at least 1, or None")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} is too small; use at least 1")
@@ -61,12 +67,22 @@ class Limits:
                 param="max_tokens" if num_prompt < self.max_model_len else "prompt",
                 code="context_length_exceeded",
             )
-        num_needed = -(-(num_total - 1) // self.block_size)  # the last token is never computed
-        if num_needed > self.num_blocks - 1:
+        for group in self.groups:
+            self._check_group(group, num_total - 1, asked)  # the last token is never computed
+
+    def _check_group(self, group: KVGroup, num_tokens: int, asked: str) -> None:
+        num_needed = most_blocks(
+            group.window,
+            num_tokens=num_tokens,
+            step_tokens=self.max_num_batched_tokens,
+            block_size=self.block_size,
+        )
+        if num_needed > group.num_blocks - 1:
+            where = "" if group.window is None else f" of layers with a window of {group.window}"
             raise RequestError(
                 f"{asked}: that needs {num_needed} KV blocks of {self.block_size} tokens, but the "
-                f"cache has {self.num_blocks - 1}. Shorten the prompt, lower max_tokens, or give "
-                "the cache more memory (gpu_memory_utilization, num_gpu_blocks_override)",
+                f"cache{where} has {group.num_blocks - 1}. Shorten the prompt, lower max_tokens, "
+                "or give the cache more memory (gpu_memory_utilization, num_gpu_blocks_override)",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

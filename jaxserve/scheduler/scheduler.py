@@ -6,16 +6,16 @@ from operator import attrgetter
 from typing import Literal
 
 from jaxserve.errors import RequestError
+from jaxserve.kv_group import HEADROOM, KVGroup
 from jaxserve.request import Abort, Request, RequestTimes, TokenDelta
 from jaxserve.scheduler.backlog import Backlog
+from jaxserve.scheduler.block_pool import BlockPool
 from jaxserve.scheduler.draft import Draft
 from jaxserve.scheduler.grammar import Grammars
 from jaxserve.scheduler.kv_blocks import BlockIds, KVBlocks
 from jaxserve.scheduler.limits import Limits
 from jaxserve.scheduler.sequence import NO_ROW, Sequence
 from jaxserve.step import RowPlan, StepPlan, StepResult, StepStats
-
-HEADROOM = 0.01  # share of the blocks that an admission leaves to the running sequences' growth
 
 
 class Scheduler:
@@ -29,16 +29,15 @@ class Scheduler:
 
     `schedule()` may run one or more steps ahead of `update()`. Both see the plans in the same
     order, and a plan is launched before `schedule` or `accept` is called again; the device runs
-    plans in order, so what was freed may be written again by the next one. Only `check` may be
-    called from another thread.
+    plans in order, so what was freed may be written again by the next one, and a block that a
+    row's window has passed by this one already. Only `check` may be called from another thread.
 
     Args:
-        num_blocks: Blocks of each KV group, with the null block 0, which is never handed out.
-        block_size: Tokens in a block.
+        groups: The KV groups: blocks and windows.
+        block_size: Tokens in a block, in every group.
         max_num_seqs: Rows.
         max_num_batched_tokens: Token budget of a draft.
         max_model_len: Tokens of a sequence, prompt and output.
-        num_groups: KV groups.
         grammars: Finds the masks of requests that have one; None: such requests are refused.
 
     Raises:
@@ -48,19 +47,18 @@ class Scheduler:
     def __init__(
         self,
         *,
-        num_blocks: int,
+        groups: tuple[KVGroup, ...],
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
-        num_groups: int = 1,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
         policy: Literal["fcfs", "priority"] = "fcfs",
         grammars: Grammars | None = None,
     ) -> None:
         self._limits = Limits(
-            num_blocks=num_blocks,
+            groups=groups,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -68,17 +66,18 @@ class Scheduler:
             enable_chunked_prefill=enable_chunked_prefill,
         )
         self._blocks = KVBlocks(
-            num_blocks=num_blocks,
+            groups=groups,
             block_size=block_size,
-            num_groups=num_groups,
+            step_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
         )
         self._grammars = grammars
-        self._backlog = Backlog(by_priority=policy == "priority", num_groups=num_groups)
+        self._backlog = Backlog(by_priority=policy == "priority", num_groups=len(groups))
         self._running: list[Sequence] = []  # by standing
         self._parked: list[Sequence] = []  # taken out of line until their masks are ready
         self._free_rows = list(reversed(range(max_num_seqs)))
-        self._refused: tuple[int, int] = (-1, 0)  # the head that found no room, and the free blocks
+        # The head that found no room, the pool that lacked blocks, and how many that had.
+        self._refused: tuple[int, BlockPool, int] = (-1, self._blocks.pools[0], 0)
         self._num_planned_steps = 0
         self._num_updated_steps = 0
         self._num_preemptions = 0
@@ -210,6 +209,7 @@ class Scheduler:
             seq.num_computed_tokens += num_tokens
             self._blocks.remember(seq)
             self._backlog.release_followers(seq)
+            self._blocks.slide(seq)  # for the next plan to write
         return plan
 
     def _plan_decodes(self, draft: Draft) -> None:
@@ -288,6 +288,8 @@ class Scheduler:
         higher standing, which goes on, or by one that is in this step or in flight already.
         """
         while (new_blocks := self._blocks.grow(seq, num_tokens)) is None:
+            if self._blocks.give_up_tails(self._running, draft.number):
+                continue
             draft.lacks_blocks = True
             victim = next(s for s in reversed(self._running) if s.last_step != draft.number)
             if victim is seq:
@@ -307,7 +309,8 @@ class Scheduler:
             if not seq.has_mask:  # nobody waits behind it
                 self._parked.append(self._backlog.pop())
                 continue
-            if self._refused[0] == seq.seq_id and blocks.num_free <= self._refused[1]:
+            refused, pool, num_free = self._refused
+            if self._running and refused == seq.seq_id and pool.num_free <= num_free:
                 return  # nothing was freed since
             found = blocks.find(seq)
             shared = max(
@@ -319,9 +322,9 @@ class Scheduler:
                 return
             # All known tokens must fit, not only the first chunk: two half-computed prompts that
             # wait for each other's blocks would help nobody.
-            headroom = int(self._limits.num_blocks * HEADROOM) if self._running else 0
-            if not blocks.has_room(seq.num_tokens, shared, headroom):
-                self._refused = (seq.seq_id, blocks.num_free)
+            headroom = HEADROOM if self._running else 0.0
+            if (pool := blocks.lacking(seq.num_tokens, shared, headroom)) is not None:
+                self._refused = (seq.seq_id, pool, pool.num_free)
                 return
             self._start(self._backlog.pop(), shared, len(found[0]) * blocks.block_size, draft)
             new_blocks = blocks.grow(seq, num_shared + num_tokens)
@@ -332,6 +335,7 @@ class Scheduler:
     def _start(self, seq: Sequence, shared: BlockIds, num_hits: int, draft: Draft) -> None:
         """Gives a sequence a row, and blocks that others have computed for it."""
         self._blocks.share(seq, shared)
+        seq.unstarted.discard(seq.choice)
         seq.row = self._free_rows.pop()
         insort(self._running, seq, key=attrgetter("standing"))
         if seq.scheduled_s == 0.0:  # neither resumed nor a follower
@@ -389,9 +393,8 @@ class Scheduler:
     ) -> StepStats:
         """The figures of now, and those of a plan, if there is one; the caller knows the times."""
         num_decodes = sum(row.num_tokens == 1 and row.samples for row in plan.rows) if plan else 0
-        pools = self._blocks.pools
-        num_used = sum(pool.num_held for pool in pools)
-        num_allocated = num_used * self._blocks.block_size
+        pools, tightest = self._blocks.pools, self._blocks.tightest
+        num_allocated = sum(pool.num_held for pool in pools) * self._blocks.block_size
         # Shared blocks are full, so every place without a token belongs to one sequence only.
         num_unwritten = sum(seq.num_slots - seq.num_computed_tokens for seq in self._running)
         return StepStats(
@@ -399,8 +402,8 @@ class Scheduler:
             num_waiting=len(self._backlog.live) - len(self._running),
             num_prefill_tokens=plan.num_tokens - num_decodes if plan else 0,
             num_decode_tokens=num_decodes,
-            num_used_blocks=num_used,
-            num_free_blocks=sum(pool.num_free for pool in pools),
+            num_used_blocks=tightest.num_held,
+            num_free_blocks=tightest.num_free,
             num_allocated_slots=num_allocated,
             num_written_slots=num_allocated - num_unwritten * len(pools),
             num_preemptions=self._num_preemptions,

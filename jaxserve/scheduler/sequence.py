@@ -23,17 +23,19 @@ class Sequence:
     choice: int
     standing: tuple[int, int, int]  # priority, arrival, choice: lower runs first, preempted last
     max_total_tokens: int  # prompt and output
-    block_ids: tuple[list[int], ...]  # held, per KV group
+    block_ids: tuple[list[int], ...]  # held, per KV group; null: given back already
     row: int = NO_ROW
     output_token_ids: list[int] = field(default_factory=list)
     num_tokens: int = 0  # known and pending
     num_pending_tokens: int = 0
     num_computed_tokens: int = 0
-    num_slots: int = 0  # token places in the held blocks of one group
+    num_slots: int = 0  # token places in the blocks of one group, those given back included
+    num_passed: list[int] = field(default_factory=list)  # leading null blocks, per KV group
     last_step: int = 0  # number of the last step that computes any of it
     digests: list[bytes] = field(default_factory=list)  # of its first full blocks
     num_remembered_blocks: int = 0  # of those held, the ones the prefix cache has seen
     followers: list["Sequence"] = field(default_factory=list)  # wait for this one's prompt
+    unstarted: set[int] = field(default_factory=set)  # live choices without a row yet; of them all
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # shared by all choices
     grammar: GrammarState | None = None
     num_cached_tokens: int = 0

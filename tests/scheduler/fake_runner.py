@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from jaxserve.kv_group import KVGroup, first_block, most_blocks
 from jaxserve.request import Abort, Request, TokenDelta, TokenLogprobs
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.scheduler import Scheduler
@@ -59,7 +60,7 @@ def kv_root(request: Request) -> int:
 
 
 def next_token(kv: int, choice: int) -> int:
-    return hash((kv, choice, "next")) % NUM_TOKEN_IDS
+    return hash((kv, choice, 1)) % NUM_TOKEN_IDS  # no text: its hash differs between runs
 
 
 def score(kv: int, token_id: int) -> TokenLogprobs:
@@ -101,12 +102,25 @@ class _Row:
 
     def __init__(self, request: Request, choice: int, tokens: list[int], table: list[list[int]]):
         self.request, self.choice, self.tokens, self.table = request, choice, tokens, table
+        self.num_computed_tokens = 0
 
 
 class FakeRunner:
-    """Runs plans in order and checks each of them."""
+    """Runs plans in order and checks each of them.
 
-    def __init__(self, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    Of each group a row reads what its window shows, and only that: a page that the window has
+    passed may hold anything.
+    """
+
+    def __init__(
+        self,
+        *,
+        windows: tuple[int | None, ...],
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        self.windows = windows
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -118,10 +132,9 @@ class FakeRunner:
         self._check_shape(plan)
         for new in plan.new_rows:
             table = [list(ids) for ids in new.block_ids]
-            self.rows[new.row] = (
-                new.seq_id,
-                _Row(new.request, new.choice, list(new.token_ids), table),
-            )
+            row = _Row(new.request, new.choice, list(new.token_ids), table)
+            row.num_computed_tokens = len(table[0]) * self.block_size
+            self.rows[new.row] = new.seq_id, row
         read: dict[tuple[int, int, int], int] = {}
         written: dict[tuple[int, int, int], int] = {}
         assert plan.token_masks.keys() <= {row.seq_id for row in plan.rows if row.samples}
@@ -133,12 +146,15 @@ class FakeRunner:
             (group, page)
             for row in plan.rows
             for group, held in enumerate(self.rows[row.row][1].table)
-            for page in held
+            for page in held[self._first_block(group, row.num_computed_tokens) :]
         )
         for group, page, _ in written:
             assert holders[group, page] == 1, f"page {page} is written but has two holders"
         self.num_computed_tokens += plan.num_tokens
         return StepResult(rows=sampled, finished_s=1.0, device_s=0.0)
+
+    def _first_block(self, group: int, position: int) -> int:
+        return first_block(self.windows[group], position, self.block_size)
 
     def _check_shape(self, plan: StepPlan) -> None:
         assert plan.rows
@@ -169,16 +185,22 @@ class FakeRunner:
             assert plan.num_tokens == 1
             assert end == len(row.tokens)
         assert plan.samples == (end == len(row.tokens)), "samples exactly at the last token"
-        for held, new in zip(row.table, plan.new_block_ids, strict=True):
+        assert start == row.num_computed_tokens, "each token is computed once, in order"
+        row.num_computed_tokens = end
+        for group, new in enumerate(plan.new_block_ids):
+            held = row.table[group]
             held.extend(new)
-            assert 0 not in held, "the null page is nobody's"
-            assert len(set(held)) == len(held), "a page is used twice"
+            needed = held[self._first_block(group, start) :]
+            assert 0 not in needed, "the null page is nobody's"
+            assert len(set(needed)) == len(needed), "a page is used twice"
             assert len(held) == -(-end // self.block_size), "as many pages as tokens need"
         kv, chain = kv_root(row.request), []
         for position, token_id in enumerate(row.tokens[:end]):
             kv = kv_of(kv, token_id)
             chain.append(kv)
-            for group, held in enumerate(row.table):
+            for group, (window, held) in enumerate(zip(self.windows, row.table, strict=True)):
+                if window is not None and position <= start - window:
+                    continue
                 slot = (group, held[position // self.block_size], position % self.block_size)
                 if position >= start:
                     assert slot not in written, f"{slot} is written by two rows"
@@ -205,17 +227,31 @@ class FakeRunner:
 class Engine:
     """The engine's loop around a scheduler, in step with it or one step ahead."""
 
-    def __init__(self, *, steps_ahead: int = 0, **settings: object) -> None:
-        self.settings: dict[str, object] = {
-            "num_blocks": 65,
+    def __init__(
+        self,
+        *,
+        steps_ahead: int = 0,
+        num_blocks: int | tuple[int, ...] = 65,
+        windows: tuple[int | None, ...] = (None,),
+        **settings: object,
+    ) -> None:
+        if isinstance(num_blocks, int):
+            num_blocks = (num_blocks,) * len(windows)
+        groups = tuple(
+            KVGroup(num_blocks=count, window=window)
+            for count, window in zip(num_blocks, windows, strict=True)
+        )
+        settings = {
+            "groups": groups,
             "block_size": 4,
             "max_num_seqs": 8,
             "max_num_batched_tokens": 32,
             "max_model_len": 64,
             **settings,
         }
-        self.scheduler = Scheduler(**self.settings)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(**settings)  # type: ignore[arg-type]
         self.runner = FakeRunner(
+            windows=windows,
             block_size=self.scheduler._limits.block_size,
             max_num_seqs=self.scheduler._limits.max_num_seqs,
             max_num_batched_tokens=self.scheduler._limits.max_num_batched_tokens,
@@ -280,11 +316,25 @@ class Engine:
 
 def check_blocks(scheduler: Scheduler) -> None:
     """No block is leaked, used twice, or found by a name it has lost."""
-    for group, pool in enumerate(scheduler._blocks.pools):
+    for group, (pool, kind) in enumerate(
+        zip(scheduler._blocks.pools, scheduler._limits.groups, strict=True)
+    ):
         holders = [0] * pool.num_blocks
         for seq in scheduler._running:
-            for block_id in seq.block_ids[group]:
+            passed = seq.num_passed[group]
+            assert not any(seq.block_ids[group][:passed]), "given back"
+            assert passed <= first_block(
+                kind.window, seq.num_computed_tokens, scheduler._blocks.block_size
+            )
+            for block_id in seq.block_ids[group][passed:]:
                 holders[block_id] += 1
+            most = most_blocks(
+                kind.window,
+                num_tokens=seq.num_slots,
+                step_tokens=scheduler._limits.max_num_batched_tokens,
+                block_size=scheduler._blocks.block_size,
+            )
+            assert seq.request.sampling.n > 1 or len(seq.block_ids[group]) - passed <= most
         assert holders == pool._ref_counts
         assert holders[0] == 0
         free = [*pool._blank, *pool._evictable]

@@ -1,28 +1,53 @@
 """Whatever arrives, ends or is preempted: right tokens, no lost block, everyone finishes."""
 
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.kv_group import most_blocks
 from jaxserve.request import Abort, Request
 from tests.scheduler.fake_runner import EOS, Engine, expected_output, make_request
 
-BLOCK_SIZE = 4
 MAX_MODEL_LEN = 40
+WINDOWS = st.lists(st.sampled_from([None, 1, 2, 3, 5, 9, 16, 40]), min_size=1, max_size=3).map(
+    tuple
+)
 
 
 class Case(NamedTuple):
-    settings: dict[str, object]
+    settings: dict[str, Any]
     steps_ahead: int
     arrivals: dict[int, list[Request | Abort]]  # by step
 
 
+def longest(case_settings: dict[str, Any]) -> int:
+    """The most tokens, prompt and output, of a sequence that can run alone."""
+    step_tokens, block_size = (
+        case_settings[name] for name in ("max_num_batched_tokens", "block_size")
+    )
+
+    def fits(num_tokens: int) -> bool:
+        return all(
+            count
+            > most_blocks(
+                window,
+                num_tokens=num_tokens - 1,
+                step_tokens=step_tokens,
+                block_size=block_size,
+            )
+            for count, window in zip(
+                case_settings["num_blocks"], case_settings["windows"], strict=True
+            )
+        )
+
+    return max(filter(fits, range(2, MAX_MODEL_LEN + 1)))
+
+
 @st.composite
-def requests(draw: st.DrawFn, request_id: str, num_blocks: int) -> Request:
-    """Prompts share prefixes often; every request fits the pool alone, some only just."""
-    room = min(MAX_MODEL_LEN, (num_blocks - 1) * BLOCK_SIZE)
+def requests(draw: st.DrawFn, request_id: str, room: int) -> Request:
+    """Prompts share prefixes often; no request is longer than `room` tokens, some as long."""
     num_prompt = draw(st.integers(1, room - 1))
     shared = draw(st.integers(0, num_prompt))
     trunk = draw(st.integers(0, 1))
@@ -46,12 +71,29 @@ def requests(draw: st.DrawFn, request_id: str, num_blocks: int) -> Request:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    num_blocks = draw(st.integers(3, 24))
+def cases(draw: st.DrawFn, windows: st.SearchStrategy[tuple[int | None, ...]]) -> Case:
     chunked = draw(st.booleans())
+    case_settings = {
+        "windows": draw(windows),
+        "block_size": draw(st.sampled_from([1, 2, 4, 4, 8])),
+        "max_num_seqs": draw(st.integers(1, 5)),
+        "max_num_batched_tokens": draw(st.sampled_from([1, 2, 3, 5, 8, 48] if chunked else [40])),
+        "max_model_len": MAX_MODEL_LEN,
+        "enable_prefix_caching": draw(st.booleans()),
+        "enable_chunked_prefill": chunked,
+        "policy": draw(st.sampled_from(["fcfs", "priority"])),
+    }
+    num_blocks = draw(st.integers(3, 24))
+    # Groups that see less may have fewer blocks.
+    num_blocks = tuple(
+        num_blocks if window is None else draw(st.integers(3, num_blocks))
+        for window in case_settings["windows"]
+    )
+    case_settings["num_blocks"] = num_blocks
+    room = longest(case_settings)
     arrivals: dict[int, list[Request | Abort]] = {}
     for index in range(draw(st.integers(1, 8))):
-        request = draw(requests(f"r{index}", num_blocks))
+        request = draw(requests(f"r{index}", room))
         step = draw(st.integers(0, 12))
         arrivals.setdefault(step, []).append(request)
         if draw(st.integers(0, 3)) == 0:
@@ -62,19 +104,7 @@ def cases(draw: st.DrawFn) -> Case:
             )
             arrivals.setdefault(step + draw(st.integers(0, 10)), []).append(abort)
     return Case(
-        settings={
-            "num_blocks": num_blocks,
-            "block_size": BLOCK_SIZE,
-            "max_num_seqs": draw(st.integers(1, 5)),
-            "max_num_batched_tokens": draw(
-                st.sampled_from([1, 2, 3, 5, 8, 48] if chunked else [40])
-            ),
-            "max_model_len": MAX_MODEL_LEN,
-            "num_groups": draw(st.integers(1, 2)),
-            "enable_prefix_caching": draw(st.booleans()),
-            "enable_chunked_prefill": chunked,
-            "policy": draw(st.sampled_from(["fcfs", "priority"])),
-        },
+        settings=case_settings,
         steps_ahead=draw(st.sampled_from([0, 1, 1, 2])),
         arrivals=arrivals,
     )
@@ -100,9 +130,19 @@ def serve(case: Case) -> tuple[Engine, dict[str, Request], set[tuple[str, int]]]
     return engine, accepted, aborted
 
 
-@settings(max_examples=300, deadline=None)
-@given(cases())
+@settings(max_examples=200, deadline=None)
+@given(cases(st.just((None,))))
 def test_everyone_gets_the_tokens_it_gets_alone(case: Case) -> None:
+    check_case(case)
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases(WINDOWS))
+def test_everyone_gets_them_too_where_layers_see_different_windows(case: Case) -> None:
+    check_case(case)
+
+
+def check_case(case: Case) -> None:
     engine, accepted, aborted = serve(case)
     for request in accepted.values():
         for choice in range(request.sampling.n):

@@ -235,7 +235,7 @@ def test_a_prompt_is_admitted_only_when_all_of_it_has_room() -> None:
 
 def test_a_hit_counts_only_if_every_group_has_the_block() -> None:
     for groups, cached in ((2, 0), (1, 8)):
-        engine = Engine(num_groups=2)
+        engine = Engine(windows=(None, None))
         engine.add(make_request("a", 12))
         engine.run()
         for pool in engine.scheduler._blocks.pools[1:groups]:
