@@ -135,31 +135,28 @@ class KVBlocks:
             block_ids.clear()
         seq.num_slots = seq.num_computed_tokens = 0
 
-    def lacking(self, num_tokens: int, shared: BlockIds, headroom: float) -> BlockPool | None:
+    def lacking(
+        self, num_tokens: int, shared: BlockIds, *, chunk: int, headroom: float
+    ) -> BlockPool | None:
         """The pool, if any, that `num_tokens` tokens, some in shared blocks, would leave too empty.
 
         Args:
+            chunk: Tokens that are computed at once.
             headroom: Share of a pool's blocks that must stay free.
         """
+        if len(shared[0]) * self.block_size + chunk < num_tokens:
+            chunk = self._step_tokens  # a later step may compute more
         for pool, window, block_ids in zip(self.pools, self._windows, shared, strict=True):
             num_evictable = sum(
                 block_id != NULL_BLOCK and pool.ref_count(block_id) == 0 for block_id in block_ids
             )
-            num_needed = min(
-                num_evictable + self.num_for(num_tokens) - len(block_ids),
-                self._most_blocks(window, num_tokens),
+            num_needed = num_evictable + self.num_for(num_tokens) - len(block_ids)
+            most = most_blocks(
+                window, num_tokens=num_tokens, step_tokens=chunk, block_size=self.block_size
             )
-            if num_needed + int(pool.num_blocks * headroom) > pool.num_free:
+            if min(num_needed, most) + int(pool.num_blocks * headroom) > pool.num_free:
                 return pool
         return None
-
-    def _most_blocks(self, window: int | None, num_tokens: int) -> int:
-        return most_blocks(
-            window,
-            num_tokens=num_tokens,
-            step_tokens=self._step_tokens,
-            block_size=self.block_size,
-        )
 
     # -- The prefix cache --------------------------------------------------------------------------
 

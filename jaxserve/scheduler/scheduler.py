@@ -322,8 +322,13 @@ class Scheduler:
                 return
             # All known tokens must fit, not only the first chunk: two half-computed prompts that
             # wait for each other's blocks would help nobody.
-            headroom = HEADROOM if self._running else 0.0
-            if (pool := blocks.lacking(seq.num_tokens, shared, headroom)) is not None:
+            pool = blocks.lacking(
+                seq.num_tokens,
+                shared,
+                chunk=num_tokens,
+                headroom=HEADROOM if self._running else 0.0,
+            )
+            if pool is not None:
                 self._refused = (seq.seq_id, pool, pool.num_free)
                 return
             self._start(self._backlog.pop(), shared, len(found[0]) * blocks.block_size, draft)
