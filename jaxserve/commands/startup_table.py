@@ -30,7 +30,10 @@ def startup_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("dtype", "{dtype}"),
         ("device", "{device}"),
         ("attention", "{attention backend}{why}"),
-        ("KV cache", "{KV pages:,} pages of {page size} tokens = {KV tokens:,} tokens, {kv}"),
+        (
+            "KV cache",
+            "{KV pages:,} pages of {page size} tokens = {KV tokens:,} tokens{windows}, {kv}",
+        ),
         (
             "concurrency",
             "{max concurrency:.1f} requests of {max_model_len:,} tokens fit; at most "
@@ -42,6 +45,7 @@ def startup_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         **s,
         "weights": size(s.get("weight bytes", 0)),
         "kv": size(s.get("KV bytes", 0)),
+        "windows": f" ({s['KV windows']})" if s.get("KV windows") else "",
         "why": f" (passed over {s['other backends']})" if s.get("other backends") else "",
     }
     found = []

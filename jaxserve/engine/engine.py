@@ -62,12 +62,11 @@ class Engine:
         self.vocab_size = self.runner.spec.vocab_size
         self.max_model_len = s.max_model_len
         self.scheduler = Scheduler(
-            num_blocks=self.runner.num_pages,
+            groups=self.runner.kv_groups,
             block_size=s.page_size,
             max_num_seqs=s.max_num_seqs,
             max_num_batched_tokens=s.max_num_batched_tokens,
             max_model_len=s.max_model_len,
-            num_groups=len(self.runner.spec.kv_groups),
             enable_prefix_caching=config.enable_prefix_caching,
             enable_chunked_prefill=config.enable_chunked_prefill,
             policy=config.scheduling_policy,
@@ -138,7 +137,17 @@ class Engine:
     def summary(self) -> dict[str, object]:
         """What the start-up table shows."""
         r, s = self.runner, self.runner.settings
-        tokens = (r.num_pages - 1) * s.page_size
+        pages = max(group.num_blocks for group in r.kv_groups)
+        windows = ", ".join(
+            f"{group.num_blocks:,} pages for windows of {group.window:,}"
+            for group in r.kv_groups
+            if group.window is not None
+        )
+        # Of requests as long as can be, in the group that has room for the fewest.
+        concurrency = min(
+            (group.num_blocks - 1) / (each.least - 1)
+            for group, each in zip(r.kv_groups, r.group_pages, strict=True)
+        )
         passed_over = "; ".join(f"{name}: {why}" for name, why in r.attention_reasons.items())
         return {
             "model": self._model_name,
@@ -150,14 +159,15 @@ class Engine:
             "layer loop": "scan" if s.scan_layers else "unrolled",
             "weight bytes": r.weight_bytes,
             "weight load s": r.load_s,
-            "KV bytes": r.num_pages * r.bytes_a_page,
-            "KV pages": r.num_pages,
+            "KV bytes": r.kv_bytes,
+            "KV pages": pages,
+            "KV windows": windows,
             "page size": s.page_size,
-            "KV tokens": tokens,
+            "KV tokens": (pages - 1) * s.page_size,
             "max_model_len": s.max_model_len,
             "max_num_seqs": s.max_num_seqs,
             "max_num_batched_tokens": s.max_num_batched_tokens,
-            "max concurrency": tokens / s.max_model_len,
+            "max concurrency": concurrency,
             "compile s": r.compile_s,
         }
 

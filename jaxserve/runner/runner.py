@@ -104,8 +104,17 @@ class Runner:
             group.attention.attention(page_size=s.page_size, dtype=s.kv_dtype).kv
             for group in spec.kv_groups
         )
-        self.bytes_a_page = sum(
-            kv_cache.page_bytes(kv, group.num_layers, backend=self.attention_backend)
+        self.group_pages = tuple(
+            kv_cache.GroupPages.of(
+                group.window,
+                bytes_a_page=kv_cache.page_bytes(
+                    kv, group.num_layers, backend=self.attention_backend
+                ),
+                page_size=s.page_size,
+                max_model_len=s.max_model_len,
+                max_num_seqs=s.max_num_seqs,
+                max_num_batched_tokens=s.max_num_batched_tokens,
+            )
             for kv, group in zip(self._kv_specs, spec.kv_groups, strict=True)
         )
         self._shapes = RowShapes(
@@ -118,16 +127,15 @@ class Runner:
         self._layouts = {
             t: Layout(t, self._shapes) for t in token_buckets(s.max_num_batched_tokens)
         }
-        self.num_pages = kv_cache.num_pages(
+        self.kv_groups = kv_cache.size_groups(
             config,
             self.device,
-            bytes_a_page=self.bytes_a_page,
-            page_size=s.page_size,
+            self.group_pages,
             max_model_len=s.max_model_len,
-            max_num_seqs=s.max_num_seqs,
             weight_bytes=self.weight_bytes,
             step_bytes=self._estimated_step_bytes(),
         )
+        self.kv_bytes = kv_cache.kv_bytes(self.group_pages, self.kv_groups)
         self._none: tuple[tuple[int, ...], ...] = ((),) * self._shapes.num_groups
         self.compiles = CompileCounter()
         self.compile_s = 0.0
@@ -157,8 +165,10 @@ class Runner:
 
     def _abstract_state(self) -> DeviceState:
         caches = tuple(
-            kv_pages_shape(kv, group.num_layers, self.num_pages, backend=self.attention_backend)
-            for kv, group in zip(self._kv_specs, self.spec.kv_groups, strict=True)
+            kv_pages_shape(kv, group.num_layers, sizes.num_blocks, backend=self.attention_backend)
+            for kv, group, sizes in zip(
+                self._kv_specs, self.spec.kv_groups, self.kv_groups, strict=True
+            )
         )
         return DeviceState(caches, self._shapes.abstract())  # pyright: ignore[reportArgumentType]
 
@@ -190,7 +200,7 @@ class Runner:
             step = make_step(
                 layout,
                 self._model,
-                num_pages=(self.num_pages,) * self._shapes.num_groups,
+                num_pages=tuple(group.num_blocks for group in self.kv_groups),
                 max_logprobs=s.max_logprobs,
             )
             masks = jax.ShapeDtypeStruct((layout.num_rows, self._shapes.mask_words), jnp.uint32)
@@ -215,14 +225,13 @@ class Runner:
         if limit is None:
             return
         step_bytes = max(m.temp_size_in_bytes for m in self.memory_analysis().values())
-        kv_bytes = self.num_pages * self.bytes_a_page
-        missing = self.weight_bytes + kv_bytes + step_bytes - limit
-        if missing > 0:
-            fitting = self.num_pages - -(-missing // self.bytes_a_page)
+        budget = limit - self.weight_bytes - step_bytes
+        if self.kv_bytes > budget:
+            fitting = kv_cache.fitting_override(self.group_pages, budget)
             raise ConfigError(
                 f"the largest step needs {step_bytes / device.GIB:.2f} GiB beside "
                 f"{self.weight_bytes / device.GIB:.2f} GiB of weights and "
-                f"{kv_bytes / device.GIB:.2f} GiB of KV cache: more than the "
+                f"{self.kv_bytes / device.GIB:.2f} GiB of KV cache: more than the "
                 f"{limit / device.GIB:.2f} GiB that may be used. Lower max_num_batched_tokens"
                 + (f", or pass num_gpu_blocks_override={fitting}" if fitting > 1 else "")
             )

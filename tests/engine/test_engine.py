@@ -218,7 +218,7 @@ def test_an_fp8_cache_takes_a_quarter_of_a_float32_one_and_is_near_it(model: Pat
             answers, _ = answer(engine, [prompt])
             scores = answers["a", 0].prompt_logprobs or ()
             values = np.array([each.logprobs[0] for each in scores if each is not None])
-            found[kv_cache_dtype] = engine.runner.bytes_a_page, values
+            found[kv_cache_dtype] = engine.runner.group_pages[0].bytes_a_page, values
     size, exact = found["auto"]
     share = {name: size // other for name, (other, _) in found.items()}
     assert share == {"auto": 1, "fp8": 4, "fp8_e5m2": 4, "bfloat16": 2}
