@@ -201,6 +201,7 @@ def _attend_prefill(
         positions = position + jnp.arange(tile, dtype=jnp.int32)  # [Q]
         valid = jnp.arange(tile, dtype=jnp.int32) < num_valid
         queries = lax.dynamic_slice_in_dim(q, token, tile).transpose(1, 2, 0, 3)  # [K, G, Q, H]
+        first_seen = _first_seen(position, spec)
         end = position + num_valid  # of the context the tile's last query sees
 
         def step(index: Array, state: _Softmax) -> _Softmax:
@@ -208,14 +209,17 @@ def _attend_prefill(
             pairs = _gather(kv_pages, first_page + ids, spec).astype(dtype)  # [K, S, 2H]
             k, v = pairs[..., : spec.kv.head_dim], _values(pairs, spec)
             kv_position = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
-            v = jnp.where((kv_position < end)[:, None], v, 0)
+            in_reach = kv_position < end  # what is not, some other row may have written
+            if spec.window is not None:
+                in_reach &= kv_position >= first_seen
+            v = jnp.where(in_reach[:, None], v, 0)
             seen = valid[:, None] & (kv_position <= positions[:, None])  # [Q, S]
             if spec.window is not None:
                 seen &= kv_position > positions[:, None] - spec.window
             logits = _dot("kgqh,ksh->kgqs", queries, k)
             return _advance(state, logits, seen, v, "kgqs,ksh->kgqh", spec)
 
-        start = _first_seen(position, spec) // chunk
+        start = first_seen // chunk
         stop = (end + chunk - 1) // chunk
         state = lax.fori_loop(start, stop, step, _start(queries.shape[:-1], spec))
         result = _finish(state, sink if sink is None else sink[:, :, None])
