@@ -91,6 +91,11 @@ class Scheduler:
         """Whether nothing is waiting or running."""
         return not self._backlog.live
 
+    @property
+    def num_held_blocks(self) -> tuple[int, ...]:
+        """Blocks in use, of each KV group."""
+        return tuple(pool.num_held for pool in self._blocks.pools)
+
     def check(self, request: Request) -> None:
         """Refuses what could never run. Thread-safe: reads nothing that changes.
 

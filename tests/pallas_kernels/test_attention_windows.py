@@ -1,4 +1,4 @@
-"""Pages that a window has passed are another row's by now: whatever they hold, NaN too, is unseen."""
+"""Pages that a window has passed are another row's by now: whatever they hold is unseen."""
 
 import dataclasses
 
