@@ -22,9 +22,8 @@ def test_rows_that_pass_pages_on_to_each_other_get_the_tokens_they_get_alone(
         request(str(i), (*trunk[: 6 * i], *range(100 + i, 104 + 2 * i)), max_tokens=8 + 5 * i)
         for i in range(8)
     ]
-    with running(
-        folder, num_gpu_blocks_override=26, max_num_batched_tokens=8, warm_up=False
-    ) as engine:
+    small = {"max_num_seqs": 4, "max_num_batched_tokens": 4, "warm_up": False}
+    with running(folder, num_gpu_blocks_override=15, **small) as engine:
         assert [group.window for group in engine.runner.kv_groups] == [20, None]
         alone = {}
         for one in requests:

@@ -336,7 +336,7 @@ def check_blocks(scheduler: Scheduler) -> None:
             )
             assert seq.request.sampling.n > 1 or len(seq.block_ids[group]) - passed <= most
         assert holders == pool._ref_counts
-        assert holders[0] == 0
+        assert (holders[0], pool._digests[0]) == (0, None), "the null block is nobody's"
         free = [*pool._blank, *pool._evictable]
         held = [block_id for block_id, count in enumerate(holders) if count]
         assert sorted(free + held) == list(range(1, pool.num_blocks))
