@@ -59,3 +59,19 @@ class Kernels:
             backend=self.attention_backend,
             sinks=sinks,
         )
+
+    def grouped_matmul(self, x: Array, weights: Array, group_sizes: Array) -> Array:
+        """x [T, D], sorted by expert, each row by its expert of weights [E, D, F] -> [T, F].
+
+        The backend is chosen for the chip that attention was chosen for; beside interpreted
+        kernels it is XLA, as no chip is there.
+        """
+        # Imported by who has experts: Pallas for TPU and GPU takes most of a second.
+        from pallas_kernels.grouped_matmul import choose_grouped_backend, grouped_matmul
+
+        backend = XLA
+        if not self.attention_backend.interpret:
+            backend, _ = choose_grouped_backend(
+                "auto", weights, chip=self.attention_backend.chip, x=x
+            )
+        return grouped_matmul(x, weights, group_sizes, backend=backend)
