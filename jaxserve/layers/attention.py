@@ -137,9 +137,9 @@ class HeadAttention(nnx.Module):
         self, x: Array, norm: Norm | None, cos_sin: tuple[Array, Array] | None
     ) -> Array:  # [T, N * H] -> [T, N, H]
         spec = self.spec
-        x = self._clipped(x)
         if norm is not None and spec.qk_norm_over == "all":
             x, norm = norm(x), None
+        x = self._clipped(x)  # after such a norm: OLMoE's way; no other model has both
         x = x.reshape(len(x), -1, spec.head_dim)
         if norm is not None and not spec.qk_norm_after_rope:
             x = norm(x)

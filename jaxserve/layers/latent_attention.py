@@ -1,5 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) over paged latent rows."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -39,6 +40,11 @@ class LatentAttentionSpec:
             dtype=dtype,
         )
         return AttentionSpec(kv=kv, num_heads=self.num_heads, scale=self.scale)
+
+    @property
+    def window(self) -> None:
+        """Every token sees all before it."""
+        return None
 
     @property
     def activation_size(self) -> int:
@@ -88,23 +94,27 @@ class LatentAttention(nnx.Module):
         x: Array,  # [T, D]
         kv_pages: Array,
         pages: PageMetadata,
-        cos_sin: tuple[Array, Array],
+        cos_sin: tuple[Array, Array] | None,
         positions: Array,  # [T]
         layer: int | Array,
     ) -> tuple[Array, Array]:
         spec = self.spec
         heads, rank = spec.num_heads, spec.kv_rank
-        interleaved = spec.rope.interleaved
+        if cos_sin is None:
+            raise ValueError("latent attention has rotated columns: it needs their angles")
+        turn = functools.partial(
+            rotate, cos=cos_sin[0], sin=cos_sin[1], interleaved=spec.rope.interleaved
+        )
 
         q = self._queries(x).reshape(len(x), heads, -1)  # [T, N, nope + rope]
-        q_rope = rotate(q[..., spec.nope_dim :], *cos_sin, interleaved=interleaved)
+        q_rope = turn(q[..., spec.nope_dim :])
         k_b = self.k_b[...].reshape(heads, spec.nope_dim, rank)
         q_latent = jnp.einsum("tnh,nhr->tnr", q[..., : spec.nope_dim], k_b)
         q = jnp.concatenate([q_latent, q_rope], axis=-1)  # [T, N, rank + rope]
 
         row = self.kv_a_proj(x)  # [T, rank + rope]
         latent = self.kv_a_norm(row[:, :rank])[:, None]
-        k_rope = rotate(row[:, None, rank:], *cos_sin, interleaved=interleaved)
+        k_rope = turn(row[:, None, rank:])
         k = jnp.concatenate([latent, k_rope], axis=-1)  # [T, 1, rank + rope]
 
         out, kv_pages = self.kernels.attend(

@@ -11,7 +11,9 @@ from jax import Array
 from jaxserve.layers.attention import HeadAttention
 from jaxserve.layers.ffn import FFN
 from jaxserve.layers.kernels import Kernels, PageMetadata
+from jaxserve.layers.latent_attention import LatentAttention, LatentAttentionSpec
 from jaxserve.layers.linear import Embedding, Linear
+from jaxserve.layers.moe import MoE, MoESpec
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.rope import angles
 from jaxserve.models.spec import DecoderSpec, LayerSpec, ModelBatch, Section
@@ -38,16 +40,22 @@ class DecoderLayer(nnx.Module):
 
         self.block = spec.block
         self.input_norm = norm(spec.block.attention_in)
-        self.attention = HeadAttention(
-            spec.hidden_size,
-            spec=layer.attention,
-            attention=layer.attention.attention(page_size=page_size, dtype=kv_dtype),
-            kernels=kernels,
-            dtype=dtype,
-        )
+        attention = layer.attention.attention(page_size=page_size, dtype=kv_dtype)
+        size = spec.hidden_size
+        if isinstance(layer.attention, LatentAttentionSpec):
+            self.attention = LatentAttention(
+                size, spec=layer.attention, attention=attention, kernels=kernels, dtype=dtype
+            )
+        else:
+            self.attention = HeadAttention(
+                size, spec=layer.attention, attention=attention, kernels=kernels, dtype=dtype
+            )
         self.attention_out_norm = norm(spec.block.attention_out)
         self.ffn_norm = norm(spec.block.ffn_in)
-        self.ffn = FFN(spec.hidden_size, spec=layer.ffn, dtype=dtype)
+        if isinstance(layer.ffn, MoESpec):
+            self.ffn = MoE(size, spec=layer.ffn, kernels=kernels, dtype=dtype)
+        else:
+            self.ffn = FFN(size, spec=layer.ffn, dtype=dtype)
         self.ffn_out_norm = norm(spec.block.ffn_out)
 
     def __call__(

@@ -3,12 +3,20 @@
 from types import ModuleType
 
 from jaxserve.errors import CheckpointError, UnsupportedError
-from jaxserve.models import llama
+from jaxserve.models import (
+    deepseek,
+    ernie_moe,
+    glm4_moe,
+    granite_moe,
+    llama,
+    mixtral,
+    qwen_moe,
+)
 from jaxserve.models.config_fields import Config
 from jaxserve.models.names import WeightNames
 from jaxserve.models.spec import DecoderSpec
 
-_MODULES = (llama,)
+_MODULES = (llama, mixtral, qwen_moe, granite_moe, deepseek, glm4_moe, ernie_moe)
 FAMILIES: dict[str, ModuleType] = {
     architecture: module for module in _MODULES for architecture in module.ARCHITECTURES
 }

@@ -10,6 +10,8 @@ from jax import Array
 from jaxserve.layers.attention import HeadAttentionSpec
 from jaxserve.layers.ffn import FFNSpec
 from jaxserve.layers.kernels import AttentionSpec, PageMetadata
+from jaxserve.layers.latent_attention import LatentAttentionSpec
+from jaxserve.layers.moe import MoESpec
 from jaxserve.layers.norm import NormSpec
 from jaxserve.layers.rope import RopeSpec
 
@@ -20,8 +22,8 @@ MAX_PERIOD = 16  # layers after which a pattern may repeat
 class LayerSpec:
     """One layer. Layers of a model may differ."""
 
-    attention: HeadAttentionSpec
-    ffn: FFNSpec
+    attention: HeadAttentionSpec | LatentAttentionSpec
+    ffn: FFNSpec | MoESpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class Section:
 class KVGroupSpec:
     """The layers that share a cache, page tables and blocks: all cache alike and see as far."""
 
-    attention: HeadAttentionSpec  # of its first layer
+    attention: HeadAttentionSpec | LatentAttentionSpec  # of its first layer
     window: int | None
     num_layers: int
 
@@ -99,7 +101,7 @@ class DecoderSpec:
     @property
     def kv_groups(self) -> tuple[KVGroupSpec, ...]:
         """The groups, in the order of their first layers."""
-        first: dict[tuple, HeadAttentionSpec] = {}
+        first: dict[tuple, HeadAttentionSpec | LatentAttentionSpec] = {}
         for layer in self.layers:
             first.setdefault(_kv_key(layer), layer.attention)
         keys = [_kv_key(layer) for layer in self.layers]

@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -123,8 +124,14 @@ def _wrong_shapes(checkpoint: Checkpoint, wanted: Mapping[str, WeightSource]) ->
         expected = tensor_shape(source)
         for name in source.names:
             info = checkpoint.tensors.get(name)
-            if info is not None and info.shape != expected:
+            if info is not None and not _same_shape(info.shape, expected):
                 yield f"{name} is {info.shape}, the config needs {expected}"
+
+
+def _same_shape(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether they differ in leading axes of one at most."""
+    depth = len(stored) - len(wanted)
+    return depth >= 0 and stored[depth:] == wanted and math.prod(stored[:depth]) == 1
 
 
 def tensor_shape(source: WeightSource) -> tuple[int, ...]:
@@ -161,7 +168,8 @@ class _Maker:
         pool: ThreadPoolExecutor,
         report: "_Progress",
     ) -> None:
-        self.infos = [checkpoint.tensors[name] for name in source.names]
+        shape = tensor_shape(source)
+        self.infos = [replace(checkpoint.tensors[name], shape=shape) for name in source.names]
         self.source = source
         self.dtype = dtype
         self.files = files
