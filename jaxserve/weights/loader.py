@@ -102,7 +102,7 @@ def check_weights(
     unknown = [
         f"{name} ({checkpoint.tensors[name].encoding})"
         for name in sorted(used)
-        if checkpoint.tensors[name].encoding not in encodings
+        if not checkpoint.tensors[name].encodings.issubset(encodings)
     ]
     if unknown:
         listed = "".join(_listed("in an unsupported encoding", unknown))

@@ -6,7 +6,8 @@ shrinks while it is mapped kills the process. A short read is an error with a na
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -51,11 +52,15 @@ class TensorFiles:
         if not 0 <= start <= start + out.nbytes <= info.nbytes:
             raise ValueError(f"bytes {start} to {start + out.nbytes} are not in {info}")
         view = memoryview(out.reshape(-1).view(np.uint8))
-        position = info.offset + start
+        position, tail = info.offset + start, list(info.tail)
         try:
             descriptor = self._open(info.file)
             while view:
                 count = os.preadv(descriptor, [view[: 1 << 30]], position)
+                if count == 0 and tail:  # the bytes go on in the next file
+                    position -= os.fstat(descriptor).st_size
+                    descriptor = self._open(tail.pop(0))
+                    continue
                 if count == 0:
                     raise CheckpointError(
                         f"{info.file} became shorter while tensor {info.name!r} was read; "
@@ -88,6 +93,13 @@ def read_into(
         index: One slice of step 1 per axis.
         out: Shape of the result; any strides.
     """
+    if info.pieces:
+        _read_pieces(files, info, index, out)
+        return
+    if info.transposed:
+        index, out = (*index[:-2], index[-1], index[-2]), out.swapaxes(-1, -2)
+        stored = (*info.shape[:-2], info.shape[-1], info.shape[-2])
+        info = replace(info, shape=stored, transposed=False)
     shape = info.shape
     if len(shape) <= 1:
         # A vector is a row; but one whose entries belong to the rows of a matrix is a column.
@@ -105,6 +117,48 @@ def read_into(
         _read_matrix(files, info, first_row, shape[-2:], index[-2:], out[position])
 
 
+def _read_pieces(
+    files: TensorFiles, info: TensorInfo, index: tuple[slice, ...], out: np.ndarray
+) -> None:
+    """`read_into` for a tensor that is joined of several."""
+    spans = [range(*s.indices(n)) for s, n in zip(index, info.shape, strict=True)]
+    if len(spans) > 2:  # matrix by matrix, which bounds what is held besides `out`
+        for place, number in enumerate(spans[0]):
+            one = (slice(number, number + 1), *index[1:])
+            _read_joined(files, info, one, spans[1:], out[place : place + 1])
+    else:
+        _read_joined(files, info, index, spans, out)
+
+
+def _read_joined(
+    files: TensorFiles,
+    info: TensorInfo,
+    index: tuple[slice, ...],
+    spans: Sequence[range],
+    out: np.ndarray,
+) -> None:
+    """Each piece's share of a range; `spans` are the last axes' of `index`."""
+    for piece in info.pieces:
+        part = piece.part
+        span, axis = spans[part.axis], len(info.shape) + part.axis
+        group, place = np.divmod(np.arange(span.start, span.stop), part.group_size)
+        mine = np.flatnonzero((part.start <= place) & (place < part.stop))
+        if not mine.size:
+            continue
+        # What the piece gives to a range of the whole is a range of the piece.
+        source = group[mine] * (part.stop - part.start) + place[mine] - part.start
+        wanted = (*index[:axis], slice(int(source[0]), int(source[-1]) + 1), *index[axis + 1 :])
+        before = (slice(None),) * axis
+        if mine[-1] - mine[0] + 1 == mine.size:
+            target = out[(*before, slice(int(mine[0]), int(mine[-1]) + 1))]
+            read_into(files, piece.info, wanted, target)
+        else:
+            shape = (*out.shape[:axis], mine.size, *out.shape[axis + 1 :])
+            values = np.empty(shape, out.dtype)
+            read_into(files, piece.info, wanted, values)
+            out[(*before, mine)] = values
+
+
 def _read_matrix(
     files: TensorFiles,
     info: TensorInfo,
@@ -119,7 +173,8 @@ def _read_matrix(
         return
     values, block_bytes = _block(info.encoding)
     row_bytes = shape[1] // values * block_bytes
-    as_stored = PLAIN.get(info.encoding) == out.dtype and info.permute_heads is None
+    changed = info.permute_heads is not None or info.shift
+    as_stored = PLAIN.get(info.encoding) == out.dtype and not changed
     if as_stored and (left, right) == (0, shape[1]) and out.flags.c_contiguous:
         files.read(info, (first_row + top) * row_bytes, out)
         return
@@ -132,6 +187,8 @@ def _read_matrix(
         rows = _decode(raw, info.encoding)[:, left - first * values : right - first * values]
         if info.permute_heads:
             rows = unpermute_rows(rows, head_dim)
+        if info.shift:
+            rows = rows.astype(np.float32) + np.float32(info.shift)
         begin, end = max(start, top), min(stop, bottom)
         _store(rows[begin - start : end - start], out[begin - top : end - top], info)
 
