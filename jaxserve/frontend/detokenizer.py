@@ -6,14 +6,11 @@ strings are searched in the text, so they may span tokens.
 
 from collections.abc import Sequence
 
-from tokenizers.decoders import DecodeStream
-
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.sampling_params import SamplingParams
 
 _REPLACEMENT = "\ufffd"  # what bytes that are not UTF-8 decode to
 _MIN_PRIMING, _MAX_PRIMING = 4, 24  # tokens of the prompt
-_INVALID_PREFIX = "Invalid prefix encountered"
 
 
 def find_stop(
@@ -67,7 +64,6 @@ class Detokenizer:
         self._stop = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop or []
         self._include_stop = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens
-        self._skip_special = sampling.skip_special_tokens
         self._num_tokens = 0
         self._num_sent = 0  # characters
         # So many characters could yet turn out to belong to a stop string.
@@ -79,8 +75,7 @@ class Detokenizer:
         if not (sampling.skip_special_tokens or sampling.spaces_between_special_tokens):
             self._joined = frozenset(self._backend.get_added_tokens_decoder())
         self._last_joined = False
-        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
-        self._pending: list[int] = []  # tokens whose text is withheld
+        self._step = tokenizer.pieces.text(sampling.skip_special_tokens).push
         for token_id in priming:
             self._step(token_id)
 
@@ -130,28 +125,3 @@ class Detokenizer:
                 new = self._backend.id_to_token(token_id) or new
             self._last_joined = joined
         return new
-
-    def _step(self, token_id: int) -> str:
-        self._pending.append(token_id)
-        try:
-            new = self._stream.step(self._backend, token_id)
-        except Exception as error:  # the Rust side raises plain Exception
-            if not str(error).startswith(_INVALID_PREFIX):
-                raise
-            new = self._restart()
-        if new:
-            self._pending.clear()
-        return new or ""
-
-    def _restart(self) -> str:
-        """Some decoders change text already given when bytes turn out invalid: start anew there."""
-        text = ""
-        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
-        for token_id in self._pending:
-            try:
-                text += self._stream.step(self._backend, token_id) or ""
-            except Exception as error:
-                if not str(error).startswith(_INVALID_PREFIX):
-                    raise
-                self._stream = DecodeStream(skip_special_tokens=self._skip_special)
-        return text

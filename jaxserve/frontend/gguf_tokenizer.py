@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 from tokenizers import (
     AddedToken,
-    Regex,
     Tokenizer,
     decoders,
     models,
     normalizers,
-    pre_tokenizers,
     processors,
 )
 
 from jaxserve.errors import CheckpointError, UnsupportedError
+from jaxserve.frontend.gguf_splitters import SPLITTERS
 
 MAX_VOCAB = 1 << 21
 MAX_PIECE_CHARS = 512  # SentencePiece's own default limit is 16
@@ -52,35 +51,6 @@ class TokenizerParts:
     add_bos: bool = False
     add_eos: bool = False
     chat_template: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Splitter:
-    """What happens to text before byte-level BPE."""
-
-    pattern: str | None = None  # None: GPT-2's, built into ByteLevel
-    digits: bool = False  # every digit by itself, before the pattern
-    nfc: bool = False  # Unicode normal form C first
-    ignore_merges: bool = False  # a word that is a token is not split
-    add_bos: bool = False  # when the file does not say
-
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_LLAMA3_SPLITTER = _Splitter(pattern=_LLAMA3, ignore_merges=True, add_bos=True)
-
-# tokenizer.ggml.pre -> how to split
-_SPLITTERS: Mapping[str, _Splitter] = {
-    "gpt-2": _Splitter(),
-    "smollm": _Splitter(digits=True),
-    "llama-bpe": _LLAMA3_SPLITTER,
-    "llama-v3": _LLAMA3_SPLITTER,
-    "llama3": _LLAMA3_SPLITTER,
-    "qwen2": _Splitter(pattern=_QWEN2, nfc=True),
-}
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
@@ -206,12 +176,12 @@ def _bpe(vocab: _Vocab, merges: list[tuple[str, str]], **options: Any) -> Tokeni
 def _byte_level(vocab: _Vocab) -> tuple[Tokenizer, bool]:
     """The tokenizer, and whether its kind begins a prompt with the begin token."""
     name = vocab.text("pre")
-    splitter = _SPLITTERS.get(name or "")
+    splitter = SPLITTERS.get(name or "")
     if splitter is None:
         came = "does not name its split pattern" if name is None else f"uses {name[:80]!r}"
         raise UnsupportedError(
             f"the GGUF file's tokenizer {came} (tokenizer.ggml.pre); supported: "
-            f"{', '.join(_SPLITTERS)}. Pass --tokenizer FOLDER with the model's tokenizer.json"
+            f"{', '.join(SPLITTERS)}. Pass --tokenizer FOLDER with the model's tokenizer.json"
         )
     merges: list[tuple[str, str]] = []
     for merge in vocab.strings("merges"):
@@ -221,16 +191,7 @@ def _byte_level(vocab: _Vocab) -> tuple[Tokenizer, bool]:
             raise _damaged(f"the merge {merge[:80]!r} is not two parts with a space between")
         merges.append((left, right))
     tokenizer = _bpe(vocab, merges, ignore_merges=splitter.ignore_merges)
-    if splitter.nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    if splitter.digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if splitter.pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(splitter.pattern), behavior="isolated"))
-    builtin = splitter.pattern is None
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=builtin))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    splitter.install(tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, splitter.add_bos
 
@@ -292,12 +253,22 @@ def _merges_by_score(vocab: _Vocab) -> list[tuple[str, str]]:
 # --- special tokens ---
 
 
+# Phi-3's SentencePiece tokens take the space after them along, but these; no key says so.
+_PHI3_PLAIN = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+
+
 def _add_tokens(tokenizer: Tokenizer, vocab: _Vocab) -> None:
     """Control and user-defined tokens are found in text whole, before it is split."""
-    special = [vocab.tokens[number] for number in vocab.of_kind(_CONTROL)]
-    custom = [vocab.tokens[number] for number in vocab.of_kind(_USER_DEFINED)]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in custom])
+    phi3 = (vocab.metadata.get("general.architecture"), vocab.text("model")) == ("phi3", "llama")
+
+    def added(kind: int) -> list[AddedToken]:
+        tokens = [vocab.tokens[number] for number in vocab.of_kind(kind)]
+        return [
+            AddedToken(t, normalized=False, rstrip=phi3 and t not in _PHI3_PLAIN) for t in tokens
+        ]
+
+    tokenizer.add_special_tokens(added(_CONTROL))
+    tokenizer.add_tokens(added(_USER_DEFINED))
     if tokenizer.get_vocab_size(with_added_tokens=True) != len(vocab.tokens):
         raise _damaged("a special token is not in the vocabulary")
 

@@ -8,7 +8,9 @@ import tokenizers
 
 from jaxserve.errors import RequestError
 from jaxserve.frontend.chat import render_chat
+from jaxserve.frontend.token_text import TokenPieces
 
+_REPLACEMENT = "\ufffd"  # what bytes that are not UTF-8 decode to
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
 
@@ -52,6 +54,7 @@ class Tokenizer:
             for token in self.special_tokens_map.values():
                 token_id = backend.token_to_id(token)
                 special_ids |= set() if token_id is None else {token_id}
+        self.pieces = TokenPieces(backend)
         self.all_special_ids: list[int] = sorted(special_ids)
         self._decoded: dict[int, str] = {}
         self.render_chat = render_chat  # a server puts a process in its place
@@ -78,7 +81,10 @@ class Tokenizer:
     def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids; invalid UTF-8 becomes U+FFFD."""
         ids = [token_ids] if isinstance(token_ids, int) else [int(i) for i in token_ids]
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if _REPLACEMENT in text and self.pieces.kind == "pieces":
+            return self.pieces.decode(ids, skip_special_tokens)  # keeps the valid characters
+        return text
 
     def batch_decode(
         self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False
