@@ -36,6 +36,11 @@ def typed_json(text: str, types: list[str]) -> str:
     return _json(text)
 
 
+def escaped(text: str) -> str:
+    """Text as it stands between the quotes of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
 def parameter_types(schema: Mapping[str, Any], name: str) -> list[str]:
     """The JSON types of a tool's parameter, in the order of its schema; string if it has none."""
     properties = schema.get("properties")

@@ -14,11 +14,14 @@ class TagReasoningParser(TextParser):
     later in the text are content.
 
     Attributes:
+        is_off: The prompt has turned reasoning off.
+        label: Follows the start tag, and is dropped with it.
         always: Reasoning needs no `start_tag`.
     """
 
     start_tag: ClassVar[str] = "<think>"
     end_tag: ClassVar[str] = "</think>"
+    label: ClassVar[str] = ""
     always: ClassVar[bool] = False
 
     def __init__(
@@ -26,17 +29,20 @@ class TagReasoningParser(TextParser):
     ) -> None:
         super().__init__(prompt_text=prompt_text, tool_schemas=tool_schemas)
         prompt = prompt_text.rstrip()
-        self._is_off = prompt.endswith(self.end_tag)
-        self.in_reasoning = not self._is_off and (self.always or prompt.endswith(self.start_tag))
+        starts = (self.start_tag, (self.start_tag + self.label).rstrip())
+        self.is_off = prompt.endswith(self.end_tag)
+        self.in_reasoning = not self.is_off and (self.always or prompt.endswith(starts))
 
     def _grammar(self) -> Steps[None]:
-        if not self._is_off:
+        if not self.is_off:
             self._hold()
             yield from self._read_run(SPACE)
             if (yield from self._find(self.start_tag)):
                 self._read(len(self.start_tag))
                 self._held = None
                 self.in_reasoning = True
+                if self.label and (yield from self._find(self.label)):
+                    self._read(len(self.label))
         self._give_held()
         if self.in_reasoning:
             marker = yield from self._read_until(self._give_reasoning, self.end_tag)
@@ -69,3 +75,12 @@ class MistralReasoningParser(TagReasoningParser):
     needs_special_tokens = True
     start_tag = "[THINK]"
     end_tag = "[/THINK]"
+
+
+class Gemma4ReasoningParser(TagReasoningParser):
+    """`<|channel>thought`, newline, the reasoning, `<channel|>`: its markers are special tokens."""
+
+    needs_special_tokens = True
+    start_tag = "<|channel>"
+    end_tag = "<channel|>"
+    label = "thought\n"

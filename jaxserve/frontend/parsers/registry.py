@@ -4,6 +4,8 @@ import difflib
 
 from jaxserve.errors import ConfigError
 from jaxserve.frontend.parsers.deepseek import DeepSeekParser
+from jaxserve.frontend.parsers.deepseek_dsml import DeepSeekDsmlParser
+from jaxserve.frontend.parsers.gemma import FunctionGemmaParser, GemmaParser
 from jaxserve.frontend.parsers.harmony import HarmonyParser, HarmonyReasoningParser
 from jaxserve.frontend.parsers.hermes import HermesParser
 from jaxserve.frontend.parsers.llama import LlamaJsonParser
@@ -12,6 +14,7 @@ from jaxserve.frontend.parsers.pythonic import PythonicParser
 from jaxserve.frontend.parsers.qwen_xml import QwenXmlParser
 from jaxserve.frontend.parsers.reasoning import (
     DeepSeekR1Parser,
+    Gemma4ReasoningParser,
     MistralReasoningParser,
     Qwen3Parser,
 )
@@ -21,6 +24,9 @@ from jaxserve.frontend.parsers.tool_parser import ToolParser
 TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "deepseek_v3": DeepSeekParser,
     "deepseek_v31": DeepSeekParser,
+    "deepseek_v32": DeepSeekDsmlParser,
+    "functiongemma": FunctionGemmaParser,
+    "gemma4": GemmaParser,
     "hermes": HermesParser,
     "llama3_json": LlamaJsonParser,
     "llama4_json": LlamaJsonParser,
@@ -32,6 +38,7 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
 }
 REASONING_PARSERS: dict[str, type[TextParser]] = {
     "deepseek_r1": DeepSeekR1Parser,
+    "gemma4": Gemma4ReasoningParser,
     "mistral": MistralReasoningParser,
     "openai_gptoss": HarmonyReasoningParser,
     "qwen3": Qwen3Parser,

@@ -38,6 +38,12 @@ OFF = "<think>\n\n</think>\n\n"
         ("qwen3", "what does <think> do?", "It thinks.", "", "It thinks."),
         ("qwen3", OFF, "<think>Hi", "", "<think>Hi"),
         ("mistral", "", "[THINK]Hm.[/THINK]Hi", "Hm.", "Hi"),
+        ("gemma4", "", "<|channel>thought\nHm.\n<channel|>Hi", "Hm.\n", "Hi"),
+        ("gemma4", "", "<|channel>Hm.<channel|>Hi", "Hm.", "Hi"),
+        ("gemma4", "", "<|channel>thou", "thou", ""),
+        ("gemma4", "", "Hi", "", "Hi"),
+        ("gemma4", "model\n<|channel>thought\n", "Hm.<channel|>Hi", "Hm.", "Hi"),
+        ("gemma4", "model\n<|channel>thought\n<channel|>", "Hi", "", "Hi"),
     ],
 )
 def test_reasoning_ends_at_its_tag(
@@ -84,7 +90,8 @@ def test_without_parallel_calls_only_the_first_is_kept() -> None:
         (None, None, False), ("qwen3", None, False), ("qwen3", "qwen3_coder", False),
         ("openai_gptoss", None, True), ("mistral", None, True), (None, "hermes", True),
         (None, "mistral", True), (None, "llama3_json", True), (None, "deepseek_v3", True),
-        (None, "pythonic", False),
+        (None, "pythonic", False), ("gemma4", None, True), (None, "gemma4", True),
+        (None, "deepseek_v32", True), (None, "functiongemma", True),
     ],
 )  # fmt: skip
 def test_a_format_written_with_special_tokens_says_so(

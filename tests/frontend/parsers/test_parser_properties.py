@@ -41,12 +41,22 @@ BITS = {
     "qwen": ["<tool_call>", "</tool_call>", "<function=f>", "<function=", "</function>", "<tool_",
              "<parameter=a>", "<parameter=b>", "<parameter=c>", "<parameter=", "</parameter>", "<",
              ">", "\n", "1", "null", "[1]", '"', "é", "</par"],
+    "dsml": ["<｜DSML｜function_calls>", "</｜DSML｜function_calls>", '<｜DSML｜invoke name="f">',
+             "<｜DSML｜invoke", "</｜DSML｜invoke>", '<｜DSML｜parameter name="a" string="true">',
+             '<｜DSML｜parameter name="c" string="false">', "<｜DSML｜parameter",
+             "</｜DSML｜parameter>", "<", ">", "\n", "1", "null", '[1, "x"]', '"', "é", "</｜DSML｜par"],
+    "gemma": ["<|tool_call>call:f{", "<|tool_call>", "<tool_call|>", "call:", '<|"|>', "a:", "b",
+              ":", ",", "{", "}", "[", "]", "1", "-2.5", "true", "None", " ", "\n", '"', "é", "<|"],
+    "function_gemma": ["<start_function_call>call:f{", "<end_function_call>", "<escape>", "a:",
+                       "b:", "c:", ":", ",", "{", "}", "[", "]", "1", "[1]", " ", '"', "<esc"],
+    "channel": ["<|channel>", "<channel|>", "thought\n", "thou", "<|", "\n", "text"],
     "harmony": ["<|channel|>", "<|start|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>",
                 "<|constrain|>", "analysis", "final", "commentary", " to=functions.f ",
                 " to=python", "assistant", "json", '{"a": 1}', "text", "<|", " "],
     "think": ["<think>", "</think>", "[THINK]", "[/THINK]", "<thi", "</", "\n", "text"],
 }  # fmt: skip
 FORMAT = {
+    "deepseek_v32": "dsml", "functiongemma": "function_gemma", "gemma4": "gemma",
     "deepseek_v3": "deepseek", "deepseek_v31": "deepseek", "hermes": "hermes",
     "llama3_json": "llama", "llama4_json": "llama", "mistral": "mistral", "openai": "harmony",
     "pythonic": "pythonic", "qwen3_coder": "qwen", "qwen3_xml": "qwen",
@@ -95,7 +105,7 @@ def test_any_pieces_give_the_same_reasoning(
     reasoning: str, prompt: str, data: st.DataObject
 ) -> None:
     tools = data.draw(st.sampled_from([None, "hermes", "openai"]))
-    bits = BITS["harmony" if reasoning == "openai_gptoss" else "think"]
+    bits = BITS[{"openai_gptoss": "harmony", "gemma4": "channel"}.get(reasoning, "think")]
     text = data.draw(texts([*bits, *bits, *BITS["hermes"]]))
     whole = read(make(tools, reasoning, prompt_text=prompt), [text])
     pieces = cut(text, data.draw(PLACES))
@@ -134,6 +144,20 @@ CALLS = st.lists(
 )  # fmt: skip
 
 
+def _gemma(value: Any) -> str:
+    """As Gemma's template writes it, but with every key between markers."""
+    match value:
+        case str():
+            return f'<|"|>{value}<|"|>'
+        case dict():
+            members = (f'<|"|>{key}<|"|>:{_gemma(each)}' for key, each in value.items())
+            return "{" + ",".join(members) + "}"
+        case list():
+            return f"[{','.join(map(_gemma, value))}]"
+        case _:
+            return json.dumps(value)
+
+
 def write(tools: str, name: str, arguments: dict[str, Any], ascii_only: bool) -> str:
     text = json.dumps(arguments, ensure_ascii=ascii_only)
     match FORMAT[tools]:
@@ -146,12 +170,16 @@ def write(tools: str, name: str, arguments: dict[str, Any], ascii_only: bool) ->
         case "deepseek":
             call = f"function<｜tool▁sep｜>{name}\n```json\n{text}\n```"
             return f"<｜tool▁call▁begin｜>{call}<｜tool▁call▁end｜>"
+        case "gemma":
+            return f"<|tool_call>call:{name}{_gemma(arguments)}<tool_call|>"
         case _:
             header = f"<|start|>assistant<|channel|>commentary to=functions.{name}"
             return f"{header} <|constrain|>json<|message|>{text}<|call|>"
 
 
-@pytest.mark.parametrize("tools", ["hermes", "llama3_json", "mistral", "deepseek_v3", "openai"])
+@pytest.mark.parametrize(
+    "tools", ["hermes", "llama3_json", "mistral", "deepseek_v3", "openai", "gemma4"]
+)
 @given(calls=CALLS, places=PLACES, ascii_only=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_calls_that_are_written_are_read(
@@ -201,6 +229,8 @@ def opening(tools: str) -> str:
         "mistral": "[TOOL_CALLS]f[ARGS]", "pythonic": "[f(a=", "harmony": "<|channel|>analysis to=",
         "qwen": "<tool_call><function=f><parameter=c>",
         "deepseek": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>",
+        "dsml": '<｜DSML｜invoke name="f"><｜DSML｜parameter name="c" string="false">',
+        "gemma": "<|tool_call>call:f{a:", "function_gemma": "<start_function_call>call:f{a:",
     }[FORMAT.get(tools, "hermes")]  # fmt: skip
 
 

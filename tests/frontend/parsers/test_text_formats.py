@@ -1,4 +1,4 @@
-"""Pythonic, Qwen3-Coder and harmony: calls that are not JSON as a whole."""
+"""Pythonic, Qwen3-Coder, DSML and harmony: calls that are not JSON as a whole."""
 
 import json
 from typing import Any
@@ -214,6 +214,59 @@ def test_types_come_in_the_order_of_the_schema() -> None:
     assert parameter_types(SCHEMA, "items") == ["array", "null"]
     assert parameter_types({"properties": 3}, "items") == ["string"]
     assert typed_json("None", ["integer"]) == "null"
+
+
+def dsml(*parameters: str, name: str = "f") -> str:
+    inner = "\n".join(parameters)
+    return f'<｜DSML｜invoke name="{name}">\n{inner}\n</｜DSML｜invoke>'
+
+
+def argument(name: str, value: str, string: bool) -> str:
+    start = f'<｜DSML｜parameter name="{name}" string="{str(string).lower()}">'
+    return f"{start}{value}</｜DSML｜parameter>"
+
+
+def deepseek(text: str) -> Parsed:
+    return parse(text, "deepseek_v32", tool_schemas={"f": SCHEMA})
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "string", "value"),
+    [
+        ("text", "杭州", True, "杭州"),
+        ("text", '\n"3"\n', True, '\n"3"\n'),
+        ("text", "a </｜DSML｜parameter> b", True, "a </｜DSML｜parameter> b"),
+        ("count", "3", True, "3"),
+        ("count", "3", False, 3),
+        ("text", "3", False, 3),
+        ("unknown", '{"a": [1]}', False, {"a": [1]}),
+        ("maybe", "null", False, None),
+        ("items", "[1, 'x']", False, [1, "x"]),
+        ("flag", "true", False, True),
+        ("size", "2.50", False, 2.5),
+        ("thing", "{half", False, "{half"),
+    ],
+)
+def test_dsml_values_are_text_or_json(key: str, text: str, string: bool, value: Any) -> None:
+    assert deepseek(dsml(argument(key, text, string))).values == [("f", {key: value})]
+
+
+def test_dsml_reads_parallel_calls_and_text_around_them() -> None:
+    calls = dsml(argument("text", "a", True), argument("count", "1", False)) + "\n" + dsml(name="g")
+    block = f"<｜DSML｜function_calls>\n{calls}\n</｜DSML｜function_calls>"
+    parsed = deepseek(f"Now.\n\n{block}\nSo.")
+    assert parsed.content == "Now.\n\n\nSo."
+    assert parsed.calls == [("f", '{"text": "a", "count": 1}'), ("g", "{}")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<｜DSML｜function_calls>", "<｜DSML｜function_calls>x", "<｜DSML｜invoke>",
+     "<｜DSML｜invoke name=f>", '<｜DSML｜invoke name="">', '<｜DSML｜invoke name="f"', "</｜DSML｜function_calls>"],
+)  # fmt: skip
+def test_dsml_text_that_is_no_call_is_content(text: str) -> None:
+    parsed = deepseek(text)
+    assert (parsed.content, parsed.calls) == (text, [])
 
 
 def harmony(channel: str, text: str, to: str = "", end: str = "<|end|>") -> str:
