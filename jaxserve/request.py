@@ -15,7 +15,10 @@ class Grammar:
     """What an output must match, compiled once already, so that it is known to be sound."""
 
     text: str  # as llguidance reads it
-    start_after: tuple[int, ...] = ()  # output tokens that free text ends with; empty: no such text
+    start_after: tuple[
+        tuple[int, ...], ...
+    ] = ()  # what free text may end with; empty: no such text
+    opened_by: int | None = None  # the token that free text begins with; None: any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

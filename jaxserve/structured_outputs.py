@@ -22,12 +22,15 @@ class StructuredOutputsParams:
         choice: The output is one of these strings.
         grammar: Lark as llguidance reads it (`start: ...`), or GBNF/EBNF (`root ::= ...`).
         json_object: Any JSON object.
-        structural_tag: Refused; say the same with `grammar`.
+        structural_tag: Free text with forms in it, as JSON: XGrammar's `{"format": {...}}`, or the
+            older `{"structures": [...], "triggers": [...]}`.
         disable_any_whitespace: JSON without optional whitespace.
         disable_additional_properties: Objects have only the properties that the schema names.
         whitespace_pattern: A regex for the whitespace that JSON may have between tokens.
-        start_after: Token ids after which the form begins, looked for in the output; what comes
-            before them is free. Empty: it begins at once. For models that think first.
+        start_after: Sequences of token ids; the form begins behind the first of them in the output,
+            and what comes before is free. Empty: it begins at once. For models that think first.
+        opened_by: With this token id first, the output is free up to `start_after`; with another
+            one the form begins at once. None: it is free anyway. For models that may think first.
 
     Raises:
         RequestError: A value is of the wrong type, or there is none or more than one of the six.
@@ -42,7 +45,8 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
-    start_after: tuple[int, ...] = ()
+    start_after: tuple[tuple[int, ...], ...] = ()
+    opened_by: int | None = None
 
     def __post_init__(self) -> None:
         problem = next(_problems(self), None)
@@ -67,19 +71,13 @@ def _problems(p: StructuredOutputsParams) -> Iterator[tuple[str, str]]:
     if len(given) != 1:
         came = "none is given" if not given else f"{' and '.join(given)} are given"
         yield "", f"{came}; give exactly one of {', '.join(KINDS)}"
-    if p.structural_tag is not None:
-        yield (
-            "structural_tag",
-            "structural_tag is not supported; use grammar: a Lark grammar can embed JSON schemas "
-            "with %json",
-        )
     if p.json is not None and not isinstance(p.json, str | dict):
         yield "json", f"json is a {type(p.json).__name__}; use an object, or a string that holds it"
-    for name in ("json", "regex", "grammar"):
+    for name in ("json", "regex", "grammar", "structural_tag"):
         value = getattr(p, name)
         if isinstance(value, str) and not (value if name == "regex" else value.strip()):
             yield name, f"{name} is empty; give one, or leave it out"
-    for name in ("regex", "grammar", "whitespace_pattern"):
+    for name in ("regex", "grammar", "structural_tag", "whitespace_pattern"):
         value = getattr(p, name)
         if value is None:
             continue
@@ -98,5 +96,11 @@ def _problems(p: StructuredOutputsParams) -> Iterator[tuple[str, str]]:
     for name in ("disable_any_whitespace", "disable_additional_properties"):
         if not isinstance(getattr(p, name), bool):
             yield name, f"{name} is a {type(getattr(p, name)).__name__}; use true or false"
-    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in p.start_after):
-        yield "start_after", "start_after holds something that is not a token id"
+    ids = [*(() if p.opened_by is None else (p.opened_by,))]
+    for marker in p.start_after:
+        if not isinstance(marker, list | tuple) or not marker:
+            yield "start_after", "start_after is not made of sequences of token ids; give some"
+            return
+        ids += marker
+    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
+        yield "start_after", "start_after or opened_by holds something that is not a token id"

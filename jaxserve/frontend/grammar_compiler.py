@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 from jaxserve.errors import EngineDeadError, RequestError, UnsupportedError
 from jaxserve.frontend import grammar_worker
 from jaxserve.frontend.json_schema import SchemaError, read_schema
+from jaxserve.frontend.lark import LarkWriter
+from jaxserve.frontend.structural_tag import StructuralTagError, structural_grammar
 from jaxserve.structured_outputs import PARAM, StructuredOutputsParams
 
 MAX_CACHED_BYTES = 8 << 20  # of compiled grammars
@@ -30,6 +32,8 @@ class Vocabulary:
     tokenizer_json: Callable[[], str]
     num_tokens: int
     end_token_ids: tuple[int, ...]  # allowed where an output may end
+    special_tokens: Callable[[], Mapping[str, int]] = dict  # ids of those that are no text, by name
+    token_id: Callable[[str], int | None] = lambda name: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,8 @@ class GrammarCompiler:
         if params.whitespace_pattern is not None:
             options["whitespace_pattern"] = params.whitespace_pattern
         kind = params.kind
+        if params.structural_tag is not None:
+            return _Job(kind, self._structural(params.structural_tag, params, options), {})
         if kind in ("json", "json_object"):
             try:
                 schema = read_schema(
@@ -183,6 +189,25 @@ class GrammarCompiler:
         self._check_text(params, job)
         return job
 
+    def _structural(
+        self, text: str, params: StructuredOutputsParams, options: dict[str, Any]
+    ) -> str:
+        vocabulary = self._vocabulary
+        writer = LarkWriter(vocabulary.special_tokens(), vocabulary.end_token_ids)
+        try:
+            return structural_grammar(
+                text,
+                writer,
+                token_id=vocabulary.token_id,
+                json_options=options,
+                max_bytes=self._max_bytes,
+                closed=params.disable_additional_properties,
+            )
+        except StructuralTagError as error:
+            raise RequestError(
+                f"{PARAM}.structural_tag: {error}", param=PARAM, code="invalid_value"
+            ) from None
+
     def _check_text(self, params: StructuredOutputsParams, job: _Job) -> None:
         try:
             size = len(job.text.encode()) + len((params.whitespace_pattern or "").encode())
@@ -199,6 +224,7 @@ class GrammarCompiler:
             "regex": "use Rust's regex syntax, without look-around, and a simpler pattern",
             "choice": "use fewer or shorter strings",
             "grammar": "use Lark as llguidance reads it, or GBNF, and a simpler grammar",
+            "structural_tag": "correct it, or use fewer and simpler formats",
         }[job.kind]
         return RequestError(
             f"{PARAM}.{params.kind} is refused: {why}; {advice}", param=PARAM, code=job.code

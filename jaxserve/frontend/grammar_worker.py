@@ -58,9 +58,21 @@ def to_grammar(kind: str, text: str, options: Any) -> str:
     if kind == "choice":
         quoted = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
         return "start: " + " | ".join(quoted)
+    if kind == "structural_tag":
+        return _structural(json.loads(text))
     if kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(text)
     return llguidance.grammar_from("grammar", text)  # Lark, or GBNF
+
+
+def _structural(parts: dict[str, Any]) -> str:
+    """A grammar that calls others, which may be Lark or GBNF."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    grammars = [{"name": "structural_tag", "lark_grammar": parts["lark"]}]
+    for name, text in parts["grammars"].items():
+        grammars.append({"name": name, "lark_grammar": any_to_lark(text)})
+    return json.dumps({"grammars": grammars})
 
 
 def compile_grammar(tokenizer: Any, kind: str, text: str, options: dict[str, Any]) -> str:

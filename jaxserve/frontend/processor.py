@@ -239,16 +239,18 @@ class Processor:
     def _grammar(self, params: StructuredOutputsParams | None) -> Grammar | None:
         if params is None:
             return None
-        for token_id in params.start_after:
+        markers = tuple(tuple(marker) for marker in params.start_after)
+        opener = () if params.opened_by is None else (params.opened_by,)
+        for token_id in [*opener, *(token_id for marker in markers for token_id in marker)]:
             if token_id >= self.vocab_size:
                 raise RequestError(
-                    f"{PARAM}.start_after holds token id {token_id!r:.40}; use ids below "
-                    f"{self.vocab_size}",
+                    f"{PARAM}.start_after or opened_by holds token id {token_id!r:.40}; use ids "
+                    f"below {self.vocab_size}",
                     param=PARAM,
                     code="invalid_value",
                 )
         text = self.require_grammars().compile(params)
-        return Grammar(text=text, start_after=tuple(params.start_after))
+        return Grammar(text=text, start_after=markers, opened_by=params.opened_by)
 
     def _draw_seed(self) -> int:
         # From the engine's seed, so that an offline run repeats.
@@ -268,4 +270,10 @@ def grammar_vocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> V
         tokenizer_json=tokenizer.backend.to_str,
         num_tokens=size,
         end_token_ids=(ends.eos_token_id, *ends.extra),
+        special_tokens=lambda: {
+            token.content: token_id
+            for token_id, token in tokenizer.backend.get_added_tokens_decoder().items()
+            if token.special
+        },
+        token_id=tokenizer.backend.token_to_id,
     )

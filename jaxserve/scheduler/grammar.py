@@ -47,7 +47,9 @@ class GrammarState:
     seq_id: int
     grammar: Grammar
     words: np.ndarray  # uint32, one bit for each token that may come next
-    started: bool  # whether the grammar holds yet
+    started: bool  # whether the grammar holds now
+    may_open: bool = False  # nothing is out yet, and the next token may begin free text
+    opens_only: bool = False  # which no token of the form may be
     matcher: Matcher | None = None
     ready: bool = False  # `words` is right; set by `collect` alone
     may_end: bool = False  # the output so far is complete
@@ -56,7 +58,7 @@ class GrammarState:
     dropped: bool = False  # its sequence has gone
     begun_s: float = 0.0  # when a thread began with it, time.monotonic(); 0: not yet
     last_s: float = 0.0  # what the last mask took
-    tail: tuple[int, ...] = ()  # newest tokens, as many as `start_after` has
+    tail: tuple[int, ...] = ()  # newest tokens, as many as the longest of `start_after` has
 
     @property
     def mask(self) -> np.ndarray | None:
@@ -65,15 +67,36 @@ class GrammarState:
 
     def take(self, token_ids: Sequence[int]) -> Sequence[int]:
         """Those of new tokens that the grammar governs."""
+        if self.may_open:
+            self._decide(token_ids[0])
         if self.started:
             return token_ids
-        marker = self.grammar.start_after
+        markers = self.grammar.start_after
+        longest = max(map(len, markers))
         for i, token_id in enumerate(token_ids, 1):
-            self.tail = (*self.tail, token_id)[-len(marker) :]
-            if self.tail == marker:
+            self.tail = (*self.tail, token_id)[-longest:]
+            if any(self.tail[-len(marker) :] == marker for marker in markers):
                 self.started = True
                 return token_ids[i:]
         return ()
+
+    def allow_opening(self) -> None:
+        """Lets the first token also be the one that begins free text."""
+        token_id = self.grammar.opened_by
+        if token_id is None:
+            return
+        word, bit = divmod(token_id, 32)
+        self.may_open, self.opens_only = True, not int(self.words[word]) >> bit & 1
+        self.words[word] |= np.uint32(1 << bit)
+
+    def _decide(self, token_id: int) -> None:
+        """By the first token, whether there is free text. `words` is that of the form's start."""
+        self.may_open = False
+        if token_id == self.grammar.opened_by:
+            self.started = False
+            if self.opens_only:
+                word, bit = divmod(token_id, 32)
+                self.words[word] &= ~np.uint32(1 << bit)
 
 
 class Lane:
@@ -141,7 +164,7 @@ class Grammars:
                 seq_id=seq_id,
                 grammar=grammar,
                 words=np.zeros(self.factory.num_words, np.uint32),
-                started=not grammar.start_after,
+                started=not grammar.start_after or grammar.opened_by is not None,
             )
             for seq_id in seq_ids
         ]
@@ -222,6 +245,8 @@ class Grammars:
             for state in states:
                 state.error = _message(error)
         for state in states:
+            if state.error is None:
+                state.allow_opening()
             self._done.put(state)
         self.wake()
 

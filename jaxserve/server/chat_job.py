@@ -239,6 +239,21 @@ async def render_prompt(context: Context, body: ChatCompletionRequest) -> str:
     return await asyncio.to_thread(context.llm.client.render_text, body.messages, kwargs, **options)
 
 
+def _leave_reasoning_free(
+    context: Context, constraint: StructuredOutputsParams, parser: OutputParser
+) -> None:
+    """Has the form begin behind the reasoning, where there may be some."""
+    if parser.reasoning_ahead is None:
+        return
+    start, ends = parser.reasoning_ahead
+    tokenizer = context.llm.get_tokenizer()
+    opener = tokenizer.encode(start, False)
+    if len(opener) > 1:
+        return  # the tag is no token of this model, which so does not reason by itself
+    constraint.opened_by = opener[0] if opener else None
+    constraint.start_after = tuple(tuple(tokenizer.encode(end, False)) for end in ends)
+
+
 def _sampling(
     context: Context, body: ChatCompletionRequest, parser: OutputParser | None
 ) -> SamplingParams:
@@ -266,10 +281,8 @@ def _sampling(
         choice = msgspec.to_builtins(body.tool_choice)
         schema = tool_choice_schema(tools, choice, body.parallel_tool_calls is not False)
         constraint = StructuredOutputsParams(json=schema)
-    if constraint is not None and parser is not None and parser.end_of_reasoning:
-        # Reasoning is free; the form begins behind it.
-        tokens = context.llm.get_tokenizer().encode(parser.end_of_reasoning, False)
-        constraint.start_after = tuple(tokens)
+    if constraint is not None and parser is not None:
+        _leave_reasoning_free(context, constraint, parser)
     special = parser is not None and parser.needs_special_tokens
     return sampling_params(
         body,

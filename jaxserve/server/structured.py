@@ -1,5 +1,6 @@
 """`response_format` and `structured_outputs` as the engine's constraint."""
 
+import json
 from typing import Any, Literal
 
 import msgspec
@@ -22,9 +23,9 @@ class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: dict[str, Any] | None = None
-    structures: list[Any] | None = None
-    triggers: list[Any] | None = None
-    format: dict[str, Any] | None = None
+    format: dict[str, Any] | None = None  # of a structural tag
+    structures: list[dict[str, Any]] | None = None  # of its older form
+    triggers: list[str] | None = None
 
 
 class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -75,11 +76,7 @@ def _of_response_format(
         case "json_object":
             return StructuredOutputsParams(json_object=True)
         case "structural_tag":
-            raise invalid(
-                "response_format.type structural_tag is not supported; use json_schema",
-                "response_format.type",
-                "unsupported_parameter",
-            )
+            return StructuredOutputsParams(structural_tag=json.dumps(_structural_tag(form)))
     if form.json_schema is None:
         raise invalid(
             "response_format.json_schema is missing; send its name and schema",
@@ -88,3 +85,17 @@ def _of_response_format(
         )
     spec = read(JSONSchemaFormat, form.json_schema, prefix="response_format.json_schema")
     return StructuredOutputsParams(json=spec.schema)
+
+
+def _structural_tag(form: ResponseFormat) -> dict[str, Any]:
+    """A structural tag in one of its two forms."""
+    older = {"structures": form.structures, "triggers": form.triggers}
+    if form.format is not None and form.structures is None and form.triggers is None:
+        return {"format": form.format}
+    if form.format is None and form.structures is not None and form.triggers is not None:
+        return older
+    raise invalid(
+        "response_format of type structural_tag has either format, or structures and triggers",
+        "response_format.format",
+        "missing_required_parameter",
+    )

@@ -65,9 +65,13 @@ def matchers(tokenizer: Tokenizer) -> MatcherFactory:
         ({"choice": []}, "choice is not a list"),
         ({"choice": "yes"}, "choice is not a list"),
         ({"choice": [1]}, "choice is not a list"),
-        ({"structural_tag": "{}"}, "structural_tag is not supported"),
+        ({"structural_tag": " "}, "structural_tag is empty"),
+        ({"structural_tag": {"format": {}}}, "structural_tag is a dict"),
         ({"json": OBJECT, "disable_any_whitespace": 1}, "use true or false"),
-        ({"json": OBJECT, "start_after": (-1,)}, "not a token id"),
+        ({"json": OBJECT, "start_after": ((-1,),)}, "not a token id"),
+        ({"json": OBJECT, "start_after": (1, 2)}, "sequences of token ids"),
+        ({"json": OBJECT, "start_after": ((),)}, "sequences of token ids"),
+        ({"json": OBJECT, "start_after": ((1,),), "opened_by": "<think>"}, "not a token id"),
     ],
 )
 def test_wrong_parameters_are_named(given: dict[str, Any], message: str) -> None:

@@ -84,8 +84,13 @@ def grammars() -> Iterator[Grammars]:
         FakeMatcher.gate.get()
 
 
-def bound(request: Request, text: str, start_after: tuple[int, ...] = ()) -> Request:
-    grammar = Grammar(text=text, start_after=start_after)
+def bound(
+    request: Request,
+    text: str,
+    start_after: tuple[tuple[int, ...], ...] = (),
+    opened_by: int | None = None,
+) -> Request:
+    grammar = Grammar(text=text, start_after=start_after, opened_by=opened_by)
     return dataclasses.replace(
         request, grammar=grammar, needs_host_tokens=True, eos_token_id=EOS, max_tokens=20
     )
@@ -248,7 +253,7 @@ def test_an_aborted_request_is_forgotten_while_a_thread_works_for_it(grammars: G
 def test_the_grammar_begins_after_the_marker(grammars: Grammars) -> None:
     state = GrammarState(
         seq_id=0,
-        grammar=Grammar(text="3", start_after=(7, 8)),
+        grammar=Grammar(text="3", start_after=((5, 6, 9), (7, 8))),
         words=np.zeros(1, np.uint32),
         started=False,
     )
@@ -267,12 +272,52 @@ def test_free_text_before_the_marker_is_what_it_is_alone(grammars: Grammars) -> 
     free = engine.output("p")
     marker = free[3:5]
     first = next(i for i in range(5) if free[i : i + 2] == marker)
-    engine.add(bound(make_request("g", (3, 1, 4), 20), "4", start_after=marker))
+    assert EOS not in free[: first + 2]
+    engine.add(bound(make_request("g", (3, 1, 4), 20), "4", (marker,)))
     run(engine)
     output = engine.output("g")
     assert output[: first + 2] == free[: first + 2]
-    assert EOS not in free[: first + 2]
     assert is_right(output[first + 2 :], 4)
+
+
+def test_without_the_token_that_opens_free_text_the_grammar_holds_at_once(
+    grammars: Grammars,
+) -> None:
+    opened = 0
+    for opener in range(1, 10, 2):  # the form itself begins with an even one
+        engine = Engine(steps_ahead=1, grammars=grammars)
+        engine.add(bound(make_request("g", (3, 1, 4), 20), "4", ((9, 9, 9),), opener))
+        run(engine)
+        output = engine.output("g")
+        opened += output[0] == opener
+        assert output[0] == opener or is_right(output, 4)
+    assert opened < 5
+
+
+def test_the_token_that_opens_free_text_may_be_drawn_first_and_only_then(
+    grammars: Grammars,
+) -> None:
+    grammar = Grammar(text="3", start_after=((7,),), opened_by=5)
+    (state,) = grammars.open(grammar, [0])
+    while not state.ready:
+        grammars.collect()
+    form = 0b010101010101
+    assert state.words[0] == form | 1 << 5
+    assert state.mask is not None
+    grammars.advance(state, [5])
+    assert state.mask is None
+    assert state.ready
+    grammars.advance(state, [1, 7])
+    assert state.mask is not None
+    assert state.words[0] == form
+    (other,) = grammars.open(grammar, [1])
+    while not other.ready:
+        grammars.collect()
+    grammars.advance(other, [2])
+    assert other.mask is not None
+    while not other.ready:
+        grammars.collect()
+    assert other.words[0] == 0b001010101010
 
 
 def test_without_a_tokenizer_such_requests_are_refused() -> None:

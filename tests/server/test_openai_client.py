@@ -11,6 +11,8 @@ import openai
 import pydantic
 import pytest
 
+from jaxserve.frontend.parsers.reasoning import Qwen3Parser
+from jaxserve.frontend.parsers.registry import REASONING_PARSERS
 from jaxserve.request import Request
 from jaxserve.server_config import ServerConfig
 from tests.frontend.fake_engine import FakeEngine
@@ -342,8 +344,32 @@ def test_reasoning_is_apart_from_content(start: Start, connect: Connect) -> None
     assert (reasoning, content) == ("Hm, well.", "Yes.")
 
 
-def test_a_form_begins_behind_the_reasoning(start: Start, connect: Connect) -> None:
-    server = start("Hm.</think>{}", server=ServerConfig(port=0, reasoning_parser="deepseek_r1"))
+@pytest.mark.parametrize(
+    ("parser", "text", "opener", "ends"),
+    [
+        ("deepseek_r1", "Hm.</think>{}", None, {"</think>"}),
+        ("special", "<file_sep>Hm.<empty_output>{}", "<file_sep>", {"<empty_output>"}),
+        ("qwen3", "{}", None, set()),  # <think> is no token of the demo model
+        ("openai_gptoss", "<|channel|>final<|message|>{}", None,
+         {"<|channel|>final<|message|>", "<|channel|>final <|constrain|>json<|message|>",
+          "<|channel|>final <|constrain|>JSON<|message|>", "<|channel|>final json<|message|>"}),
+    ],
+)  # fmt: skip
+def test_a_form_begins_behind_the_reasoning(
+    start: Start,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    parser: str,
+    text: str,
+    opener: str | None,
+    ends: set[str],
+) -> None:
+    class Special(Qwen3Parser):  # with tags that are tokens of the demo model
+        needs_special_tokens = True
+        start_tag, end_tag = "<file_sep>", "<empty_output>"
+
+    monkeypatch.setitem(REASONING_PARSERS, "special", Special)
+    server = start(text, server=ServerConfig(port=0, reasoning_parser=parser))
     messages: Any = USER
     answer = connect(server).chat.completions.create(
         model="demo", messages=messages, response_format={"type": "json_object"}
@@ -351,7 +377,9 @@ def test_a_form_begins_behind_the_reasoning(start: Start, connect: Connect) -> N
     assert answer.choices[0].message.content == "{}"
     grammar = engine_of(server).requests[-1].grammar
     assert grammar is not None
-    assert server.llm.get_tokenizer().decode(grammar.start_after) == "</think>"
+    tokenizer = server.llm.get_tokenizer()
+    assert {tokenizer.decode(list(marker)) for marker in grammar.start_after} == ends
+    assert grammar.opened_by == (opener and tokenizer.convert_tokens_to_ids(opener))
 
 
 def test_a_client_that_leaves_ends_its_request(start: Start) -> None:

@@ -13,6 +13,10 @@ _HEADER = re.compile(r"[\w .=:/-]+")
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 _FUNCTIONS = "functions."
+_FINAL = tuple(
+    f"{_CHANNEL}final{kind}{_MESSAGE}"
+    for kind in ("", f" {_CONSTRAIN}json", f" {_CONSTRAIN}JSON", " json")
+)
 
 
 class HarmonyParser(ToolParser):
@@ -25,6 +29,10 @@ class HarmonyParser(ToolParser):
 
     needs_special_tokens = True
     finds_calls: ClassVar[bool] = True
+
+    @property
+    def reasoning_ahead(self) -> tuple[str, tuple[str, ...]] | None:
+        return "", _FINAL
 
     def _part(self) -> Steps[None]:
         if not (yield from self._read_until(self._give_content, _CHANNEL, _START)):

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.frontend.parsers.reasoning import TagReasoningParser
 from jaxserve.frontend.parsers.registry import reasoning_parser, tool_parser
 from jaxserve.frontend.parsers.text_parser import TextParser
 from jaxserve.frontend.parsers.tool_parser import ToolParser
@@ -62,11 +61,10 @@ class OutputParser:
         return any(stage.in_reasoning for stage in self._stages)
 
     @property
-    def end_of_reasoning(self) -> str | None:
-        """What ends the reasoning that the output begins with; None: it does not, or not so."""
-        if not self.in_reasoning:
-            return None
-        return next((s.end_tag for s in self._stages if isinstance(s, TagReasoningParser)), None)
+    def reasoning_ahead(self) -> tuple[str, tuple[str, ...]] | None:
+        """See `TextParser.reasoning_ahead`."""
+        found = (stage.reasoning_ahead for stage in self._stages)
+        return next((ahead for ahead in found if ahead is not None), None)
 
     @property
     def num_tool_calls(self) -> int:

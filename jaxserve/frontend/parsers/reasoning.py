@@ -33,6 +33,12 @@ class TagReasoningParser(TextParser):
         self.is_off = prompt.endswith(self.end_tag)
         self.in_reasoning = not self.is_off and (self.always or prompt.endswith(starts))
 
+    @property
+    def reasoning_ahead(self) -> tuple[str, tuple[str, ...]] | None:
+        if self.is_off:
+            return None
+        return "" if self.in_reasoning else self.start_tag, (self.end_tag,)
+
     def _grammar(self) -> Steps[None]:
         if not self.is_off:
             self._hold()

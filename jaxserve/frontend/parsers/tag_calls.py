@@ -14,7 +14,8 @@ _HEADER = re.compile(r"[^<>\n]+")
 class TagCallParser(ToolParser):
     """`start call NAME> parameter KEY> VALUE parameter_end ... call_end end`.
 
-    `start` and `end` may lack. A value known to be a string is passed on as it arrives, any other when it is complete.
+    `start` and `end` may lack. A value known to be a string is passed on as it arrives, any other
+    when it is complete.
 
     Attributes:
         start, end: Around one call, or all of them.

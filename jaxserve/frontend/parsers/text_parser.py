@@ -45,6 +45,14 @@ class TextParser(ABC):
 
     needs_special_tokens: ClassVar[bool] = False
 
+    @property
+    def reasoning_ahead(self) -> tuple[str, tuple[str, ...]] | None:
+        """Before the first text: what begins reasoning ("": it has begun), and what may end it.
+
+        None: nothing that ends is to come.
+        """
+        return None
+
     def __init__(
         self, *, prompt_text: str = "", tool_schemas: Mapping[str, Mapping[str, Any]] | None = None
     ) -> None:

@@ -262,7 +262,8 @@ def test_dsml_reads_parallel_calls_and_text_around_them() -> None:
 @pytest.mark.parametrize(
     "text",
     ["<｜DSML｜function_calls>", "<｜DSML｜function_calls>x", "<｜DSML｜invoke>",
-     "<｜DSML｜invoke name=f>", '<｜DSML｜invoke name="">', '<｜DSML｜invoke name="f"', "</｜DSML｜function_calls>"],
+     "<｜DSML｜invoke name=f>", '<｜DSML｜invoke name="">', '<｜DSML｜invoke name="f"',
+     "</｜DSML｜function_calls>"],
 )  # fmt: skip
 def test_dsml_text_that_is_no_call_is_content(text: str) -> None:
     parsed = deepseek(text)
