@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
-from tests.engine.harness import TINY_CONFIG, answer, request, running, write_tiny_llama
+import pytest
+
+from jaxserve.step import StepStats
+from tests.engine.harness import TINY_CONFIG, Answers, answer, request, running, write_tiny_llama
 
 
+@pytest.mark.slow
 def test_rows_that_pass_pages_on_to_each_other_get_the_tokens_they_get_alone(
     tmp_path: Path,
 ) -> None:
@@ -25,7 +29,8 @@ def test_rows_that_pass_pages_on_to_each_other_get_the_tokens_they_get_alone(
     small = {"max_num_seqs": 4, "max_num_batched_tokens": 4, "warm_up": False}
     with running(folder, num_gpu_blocks_override=15, **small) as engine:
         assert [group.window for group in engine.runner.kv_groups] == [20, None]
-        alone = {}
+        alone: Answers = {}
+        stats: list[StepStats] = []
         for one in requests:
             assert engine.reset_prefix_cache()
             alone |= answer(engine, [one])[0]

@@ -1,6 +1,7 @@
 """Pages that a window has passed are another row's by now: whatever they hold is unseen."""
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +53,7 @@ def test_a_page_that_the_window_has_passed_may_hold_anything(
     assert error(out, expected) <= 1e-5
 
 
-def kernel(platform: str, kind: str, capability: str | None = None) -> Backend:
+def kernel(platform: Literal["tpu", "gpu"], kind: str, capability: str | None = None) -> Backend:
     chip = Chip(platform=platform, kind=kind, compute_capability=capability)
     return Backend(name=platform, chip=chip, interpret=True)
 
