@@ -375,6 +375,7 @@ FAMILIES: Mapping[str, Family] = {
             "activation": "gelu",
             "alibi": False,
             "parallel_attn": True,
+            "multi_query": True,
         },
         eps="layer_norm_epsilon",
         layer_norm=True,

@@ -12,7 +12,8 @@ from jaxserve.gguf_architectures import Entry, Join, Names, names_of
 from jaxserve.gguf_rope import ROPE_FACTORS
 from jaxserve.model_index import Part, Piece, TensorInfo
 
-MAX_TENSORS = 1 << 20  # that a checkpoint's tensors may become; DeepSeek-V3's are 92,000
+MAX_TENSORS = 1 << 18  # that a checkpoint's tensors may become; DeepSeek-V3's are 46,000
+MAX_SLICES = 4096  # experts or heads of one tensor
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z0-9_]+)(?:\.([0-9]{1,4}))?\.(weight|bias)")
 
 
@@ -179,6 +180,11 @@ def _slices(info: TensorInfo) -> Iterator[TensorInfo]:
         raise CheckpointError(
             f"{info.file}: {info.stored_name!r} has one axis, several tensors were to lie on it; "
             "download it again"
+        )
+    if info.shape[0] > MAX_SLICES:
+        raise CheckpointError(
+            f"{info.file}: {info.stored_name!r} has {info.shape[0]} experts or heads, at most "
+            f"{MAX_SLICES} are allowed; download it again"
         )
     nbytes = info.nbytes // info.shape[0]
     for number in range(info.shape[0]):
