@@ -6,7 +6,7 @@ into arrays.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,31 @@ def _folder_tensors(folder: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"{folder}: the index places {absent[0]!r} in {weight_map[absent[0]]}, which does not "
             f"hold it ({len(absent)} such tensors); download the folder again"
+        )
+    return _with_mxfp4_joined(tensors)
+
+
+def _with_mxfp4_joined(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Pairs X_blocks [E, out, n, 16] and X_scales [E, out, n] as one tensor X [E, 32 n, out].
+
+    That is how checkpoints that are not quantized keep X, and so what families' names expect.
+    """
+    for name in [name for name in tensors if name.endswith("_blocks")]:
+        joined = name.removesuffix("_blocks")
+        blocks, scales = tensors[name], tensors.get(f"{joined}_scales")
+        if scales is None or (blocks.encoding, scales.encoding) != ("U8", "U8"):
+            continue
+        if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, 16) or joined in tensors:
+            continue
+        experts, rows, count, _ = blocks.shape
+        del tensors[name], tensors[scales.name]
+        tensors[joined] = replace(
+            blocks,
+            name=joined,
+            shape=(experts, 32 * count, rows),
+            transposed=True,
+            encoding="MXFP4_BLOCKS",
+            scales=scales,
         )
     return tensors
 

@@ -42,6 +42,7 @@ class TensorInfo:
     shift: float = 0.0  # to be added to the stored values
     tail: tuple[Path, ...] = ()  # files in which the bytes go on where `file` ends
     pieces: tuple["Piece", ...] = ()  # what it is joined of, instead of bytes of its own
+    scales: "TensorInfo | None" = None  # MXFP4_BLOCKS: where the blocks' exponents lie
     stored_name: str = ""  # in the file
 
     @property

@@ -43,7 +43,9 @@ def attend_reference(
         k, v = split_kv(rows.reshape(-1, *rows.shape[2:]), kv, layout)  # [S, K, H]
         kv_position = jnp.arange(k.shape[0])
         seen = in_use & (kv_position <= position)
-        if spec.window is not None:
+        if spec.window is not None and spec.chunked:
+            seen &= kv_position // spec.window == position // spec.window
+        elif spec.window is not None:
             seen &= kv_position > position - spec.window
 
         grouped = query.astype(jnp.float32).reshape(kv.num_kv_heads, group, kv.head_dim)

@@ -215,7 +215,7 @@ def _attend_prefill(
             v = jnp.where(in_reach[:, None], v, 0)
             seen = valid[:, None] & (kv_position <= positions[:, None])  # [Q, S]
             if spec.window is not None:
-                seen &= kv_position > positions[:, None] - spec.window
+                seen &= kv_position >= _first_seen(positions, spec)[:, None]
             logits = _dot("kgqh,ksh->kgqs", queries, k)
             return _advance(state, logits, seen, v, "kgqs,ksh->kgqh", spec)
 
@@ -250,6 +250,8 @@ def _first_seen(position: Array, spec: AttentionSpec) -> Array:
     """The first position a query at `position` sees."""
     if spec.window is None:
         return jnp.zeros_like(position)
+    if spec.chunked:
+        return position // spec.window * spec.window
     return jnp.maximum(position - (spec.window - 1), 0)
 
 

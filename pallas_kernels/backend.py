@@ -63,6 +63,8 @@ def why_not(name: str, spec: AttentionSpec, *, chip: Chip) -> str | None:
     if name in ("tpu", "gpu"):
         if chip.platform != name:
             return f"it needs a {name.upper()}, this is {chip}"
+        if spec.chunked:
+            return "attention within chunks"
         return _why_not_kernel(name, spec, chip)
     if name == "xla" and kv.head_dim % 8:
         return f"head_dim={kv.head_dim} is not a multiple of 8"

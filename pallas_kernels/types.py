@@ -44,6 +44,7 @@ class AttentionSpec:
     num_heads: int  # query heads on this device; a multiple of kv.num_kv_heads
     scale: float  # logits = scale * q . k
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    chunked: bool = False  # it sees those of its own window, one of 0 .., window .., 2 window ..
     soft_cap: float | None = None  # logits = soft_cap * tanh(logits / soft_cap)
     sinks: bool = False  # a learned logit a head joins the softmax's sum (arXiv 2309.17453)
 

@@ -48,6 +48,7 @@ class HeadAttentionSpec:
     qk_norm_over: Literal["head", "heads", "all"] = "head"
     qk_norm_after_rope: bool = False
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    chunked: bool = False  # it sees those of its own window, one of 0 .., window .., 2 window ..
     soft_cap: float | None = None
     sinks: bool = False
     alibi: tuple[float, ...] | None = None  # slope of each head (Press et al., 2022)
@@ -67,6 +68,7 @@ class HeadAttentionSpec:
             num_heads=self.num_heads,
             scale=self.scale,
             window=self.window,
+            chunked=self.chunked,
             soft_cap=self.soft_cap,
             sinks=self.sinks,
         )

@@ -1,12 +1,12 @@
 """DeepSeek-V2 (arXiv 2405.04434) and V3 (arXiv 2412.19437) as data: latent attention, experts."""
 
-from jaxserve.checkpoint import Part
 from jaxserve.errors import UnsupportedError
 from jaxserve.layers.ffn import FFNSpec
 from jaxserve.layers.latent_attention import LatentAttentionSpec
 from jaxserve.layers.moe import RouterSpec
 from jaxserve.layers.norm import NormSpec
 from jaxserve.layers.rope import yarn_mscale
+from jaxserve.model_index import Part
 from jaxserve.models import llama
 from jaxserve.models.config_fields import (
     Config,

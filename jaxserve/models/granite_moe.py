@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from jaxserve.checkpoint import Part
 from jaxserve.layers.ffn import FFNSpec
 from jaxserve.layers.moe import MoESpec, RouterSpec
+from jaxserve.model_index import Part
 from jaxserve.models import llama
 from jaxserve.models.config_fields import Config, activation, number, positive
 from jaxserve.models.experts import with_experts

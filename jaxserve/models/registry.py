@@ -7,8 +7,11 @@ from jaxserve.models import (
     deepseek,
     ernie_moe,
     glm4_moe,
+    gpt_oss,
     granite_moe,
+    hunyuan_moe,
     llama,
+    llama4,
     mixtral,
     qwen_moe,
 )
@@ -16,7 +19,18 @@ from jaxserve.models.config_fields import Config
 from jaxserve.models.names import WeightNames
 from jaxserve.models.spec import DecoderSpec
 
-_MODULES = (llama, mixtral, qwen_moe, granite_moe, deepseek, glm4_moe, ernie_moe)
+_MODULES = (
+    llama,
+    llama4,
+    mixtral,
+    qwen_moe,
+    granite_moe,
+    deepseek,
+    glm4_moe,
+    ernie_moe,
+    gpt_oss,
+    hunyuan_moe,
+)
 FAMILIES: dict[str, ModuleType] = {
     architecture: module for module in _MODULES for architecture in module.ARCHITECTURES
 }

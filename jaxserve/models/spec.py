@@ -170,8 +170,12 @@ def _kv_key(layer: LayerSpec) -> tuple:
 
 def _for_context(layer: LayerSpec, max_len: int) -> LayerSpec:
     attention = layer.attention
+    if isinstance(attention, LatentAttentionSpec):
+        return replace(
+            layer, attention=replace(attention, rope=attention.rope.for_context(max_len))
+        )
     if attention.window is not None and attention.window >= max_len:
-        attention = replace(attention, window=None)
+        attention = replace(attention, window=None, chunked=False)
     if attention.rope is not None:
         attention = replace(attention, rope=attention.rope.for_context(max_len))
     return replace(layer, attention=attention)

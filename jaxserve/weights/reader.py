@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxserve.checkpoint import TensorInfo
 from jaxserve.errors import CheckpointError
+from jaxserve.weights import mxfp4
 from jaxserve.weights.gguf import BLOCK_FORMATS, dequantize, unpermute_rows
 from jaxserve.weights.safetensors import PLAIN
 
@@ -24,7 +25,7 @@ CHUNK_VALUES = 1 << 18  # decoded at a time, by each thread: about what a core's
 
 def readable_encodings() -> tuple[str, ...]:
     """The encodings that can be turned into floating-point weights."""
-    return (*PLAIN, *BLOCK_FORMATS)
+    return (*PLAIN, *BLOCK_FORMATS, mxfp4.ENCODING)
 
 
 class TensorFiles:
@@ -101,6 +102,9 @@ def read_into(
         stored = (*info.shape[:-2], info.shape[-1], info.shape[-2])
         info = replace(info, shape=stored, transposed=False)
     shape = info.shape
+    if info.encoding == mxfp4.ENCODING:
+        _read_mxfp4(files, info, index, out)
+        return
     if len(shape) <= 1:
         # A vector is a row; but one whose entries belong to the rows of a matrix is a column.
         column = info.permute_heads is not None
@@ -157,6 +161,28 @@ def _read_joined(
             values = np.empty(shape, out.dtype)
             read_into(files, piece.info, wanted, values)
             out[(*before, mine)] = values
+
+
+def _read_mxfp4(
+    files: TensorFiles, info: TensorInfo, index: tuple[slice, ...], out: np.ndarray
+) -> None:
+    """`read_into` for experts' rows [E, out, in] whose blocks and exponents lie apart."""
+    if info.scales is None:
+        raise ValueError(f"{info} has no scales")
+    _, num_rows, num_inputs = info.shape
+    (first, last, _), (top, bottom, _), (left, right, _) = (
+        s.indices(n) for s, n in zip(index, info.shape, strict=True)
+    )
+    row_blocks = num_inputs // 32
+    for expert in range(first, last):
+        for start, stop in _row_chunks(top, bottom, 1, num_inputs):
+            row = expert * num_rows + start
+            blocks = np.empty((stop - start, row_blocks, 16), np.uint8)
+            files.read(info, row * row_blocks * 16, blocks)
+            scales = np.empty((stop - start, row_blocks), np.uint8)
+            files.read(info.scales, row * row_blocks, scales)
+            rows = mxfp4.decode_blocks(blocks, scales)[:, left:right]
+            _store(rows, out[expert - first, start - top : stop - top], info)
 
 
 def _read_matrix(

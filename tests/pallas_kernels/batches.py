@@ -193,7 +193,9 @@ def oracle(spec: AttentionSpec, batch: Batch) -> np.ndarray:
             logits = spec.soft_cap * np.tanh(logits / spec.soft_cap)
         at = len(keys) - len(queries) + np.arange(len(queries))[:, None]
         seen = np.arange(len(keys)) <= at
-        if spec.window is not None:
+        if spec.window is not None and spec.chunked:
+            seen &= np.arange(len(keys)) // spec.window == at // spec.window
+        elif spec.window is not None:
             seen &= np.arange(len(keys)) > at - spec.window
         logits = np.where(seen, logits, -np.inf)
         if logits.size:

@@ -92,6 +92,27 @@ def test_a_batch_of_one_token(kv_len: int, num_decode_rows: int) -> None:
     check(spec, batch)
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny-sinks"])
+def test_attention_within_chunks_matches_dense_attention(name: str) -> None:
+    spec = dataclasses.replace(attention_case(name, window=24), chunked=True)
+    rows = [*ragged(16), (1, 23), (1, 24), (1, 25), (50, 70), (90, 90)]
+    total = sum(num_queries for num_queries, _ in rows)
+    batch = make_batch(spec, rows, num_decode_rows=4, num_tokens=total + 5, max_rows=16)
+    check(spec, batch)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_pages_that_a_window_has_passed_may_hold_anything(chunked: bool) -> None:
+    spec = dataclasses.replace(attention_case("tiny", window=20), chunked=chunked)
+    rows = [(1, 75), (9, 75)]
+    batch = make_batch(spec, rows, num_decode_rows=1, num_tokens=16, max_rows=2)
+    # The first token of the second row is at 66: it sees none of the first two pages. Page 0 holds
+    # NaN, as all pages do that nobody has written.
+    table = batch.pages.page_table.at[:, :2].set(0)
+    passed = dataclasses.replace(batch, pages=dataclasses.replace(batch.pages, page_table=table))
+    check(spec, passed)
+
+
 @pytest.mark.parametrize("num_rows", [0, 3, 8])
 def test_decode_rows_alone_some_or_all_unused(num_rows: int) -> None:
     spec = attention_case("tiny-mha")

@@ -1,5 +1,7 @@
 """Choosing an attention backend."""
 
+import dataclasses
+
 import pytest
 
 from pallas_kernels.backend import Backend, BackendRefused, choose_backend, why_not
@@ -19,6 +21,15 @@ def test_auto_takes_xla_on_a_cpu_and_says_why_not_the_others(name: str) -> None:
 def test_a_chip_without_a_kernel_gets_an_honest_reason() -> None:
     chip = Chip(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
     assert "not float32" in (why_not("gpu", attention_case("tiny"), chip=chip) or "")
+
+
+def test_no_kernel_attends_within_chunks_yet() -> None:
+    chip = Chip(platform="tpu", kind="TPU v6e")
+    spec = attention_case("llama-3.1-8b", dtype="bfloat16", window=8192)
+    assert why_not("tpu", spec, chip=chip) is None
+    chunked = dataclasses.replace(spec, chunked=True)
+    assert "chunks" in (why_not("tpu", chunked, chip=chip) or "")
+    assert choose_backend("auto", chunked, chip=chip)[0].name == "xla"
 
 
 def test_a_named_backend_that_refuses_is_an_error_with_its_reason() -> None:
