@@ -129,5 +129,7 @@ def _check(
         faults.append(f"layer is {layer}, expected one of {kv_pages.shape[0] // pages.num_pages}")
     if spec.num_heads % kv.num_kv_heads:
         faults.append(f"{spec.num_heads} query heads for {kv.num_kv_heads} kv heads: not whole")
+    if spec.alibi is not None and len(spec.alibi) != spec.num_heads:
+        faults.append(f"{len(spec.alibi)} slopes for {spec.num_heads} query heads")
     if faults:
         raise ValueError("paged_attention: " + "; ".join(faults))

@@ -52,6 +52,9 @@ def attend_reference(
         logits = spec.scale * jnp.sum(grouped[None] * k[:, :, None], axis=-1)  # [S, K, G]
         if spec.soft_cap is not None:
             logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
+        if spec.alibi is not None:
+            slopes = jnp.asarray(spec.alibi, jnp.float32).reshape(kv.num_kv_heads, group)
+            logits += slopes * (kv_position - position)[:, None, None]
         seen = seen[:, None, None]
         logits = jnp.where(seen, logits, -jnp.inf)
         top = jnp.max(logits, axis=0, initial=jnp.finfo(jnp.float32).min)  # [K, G]

@@ -137,7 +137,8 @@ def _attend_decode(
         pairs = jnp.where(seen[:, None, :, None], pairs, 0)
         logits = _dot("mkgh,mksh->mkgs", _take(padded, row), pairs)
         state = jax.tree.map(lambda each: _take(each, row + lanes), partials)
-        state = _advance(state, logits, seen[:, None, None], pairs, "mkgs,mksh->mkgh", spec)
+        bias = _alibi((position - kv_lens[row][:, None] + 1)[:, None, None], spec, 1)
+        state = _advance(state, logits, bias, seen[:, None, None], pairs, "mkgs,mksh->mkgh", spec)
         return jax.tree.map(
             lambda each, new: each.at[row + lanes].set(
                 new,
@@ -217,7 +218,8 @@ def _attend_prefill(
             if spec.window is not None:
                 seen &= kv_position >= _first_seen(positions, spec)[:, None]
             logits = _dot("kgqh,ksh->kgqs", queries, k)
-            return _advance(state, logits, seen, v, "kgqs,ksh->kgqh", spec)
+            bias = _alibi(kv_position - positions[:, None], spec, 2)
+            return _advance(state, logits, bias, seen, v, "kgqs,ksh->kgqh", spec)
 
         start = first_seen // chunk
         stop = (end + chunk - 1) // chunk
@@ -309,8 +311,22 @@ def _start(shape: tuple[int, ...], spec: AttentionSpec) -> _Softmax:
     )
 
 
+def _alibi(distance: Array, spec: AttentionSpec, num_axes: int) -> Array | float:
+    """What is added to the logits, [..., K, G, *axes], of keys `distance` behind their query."""
+    if spec.alibi is None:
+        return 0.0
+    slopes = jnp.asarray(spec.alibi, jnp.float32)
+    return slopes.reshape(spec.kv.num_kv_heads, -1, *[1] * num_axes) * distance
+
+
 def _advance(
-    state: _Softmax, logits: Array, seen: Array, v: Array, subscripts: str, spec: AttentionSpec
+    state: _Softmax,
+    logits: Array,
+    bias: Array | float,
+    seen: Array,
+    v: Array,
+    subscripts: str,
+    spec: AttentionSpec,
 ) -> _Softmax:
     """The state after a chunk of raw logits [..., S] and `v`, values or pairs, where `seen`.
 
@@ -319,7 +335,7 @@ def _advance(
     logits = logits * spec.scale
     if spec.soft_cap is not None:
         logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
-    logits = jnp.where(seen, logits, _NEVER)
+    logits = jnp.where(seen, logits + bias, _NEVER)
     top = jnp.maximum(state.top, jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - top)  # zeros where not seen
     decay = jnp.exp(state.top - top)

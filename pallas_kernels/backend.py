@@ -77,6 +77,8 @@ def _why_not_all(name: str, specs: tuple[AttentionSpec, ...], chip: Chip) -> str
 
 
 def _why_not_kernel(name: str, spec: AttentionSpec, chip: Chip) -> str | None:
+    if spec.alibi is not None:
+        return "it knows no biases by distance (ALiBi)"
     if name == "tpu":
         from pallas_kernels import attention_tpu as kernels
     else:

@@ -47,6 +47,9 @@ class AttentionSpec:
     chunked: bool = False  # it sees those of its own window, one of 0 .., window .., 2 window ..
     soft_cap: float | None = None  # logits = soft_cap * tanh(logits / soft_cap)
     sinks: bool = False  # a learned logit a head joins the softmax's sum (arXiv 2309.17453)
+    # Of each head: logits += slope * (position of the key - that of the query) (ALiBi, arXiv
+    # 2108.12409), after soft_cap.
+    alibi: tuple[float, ...] | None = None
 
     @property
     def group(self) -> int:

@@ -16,16 +16,17 @@ from jaxserve.layers.rope import RopeSpec, rotate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Temperature:
-    """Queries grow with their position: 1 + scale * log(1 + floor((position + 1) / floor_scale)).
+    """Queries grow with position: 1 + scale * log(1 + floor((position + first) / floor_scale)).
 
-    Llama 4's, for layers without rotary embedding.
+    Llama 4's, for layers without rotary embedding; Ministral 3 counts positions from 0.
     """
 
     floor_scale: float
     scale: float
+    first: int = 1
 
     def __call__(self, positions: Array) -> Array:  # [T] -> [T] float32
-        steps = jnp.floor((positions.astype(jnp.float32) + 1) / self.floor_scale)
+        steps = jnp.floor((positions.astype(jnp.float32) + self.first) / self.floor_scale)
         return 1 + self.scale * jnp.log1p(steps)
 
 
@@ -71,6 +72,7 @@ class HeadAttentionSpec:
             chunked=self.chunked,
             soft_cap=self.soft_cap,
             sinks=self.sinks,
+            alibi=self.alibi,
         )
 
     @property

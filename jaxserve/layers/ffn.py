@@ -42,7 +42,7 @@ class FFNSpec:
     """A dense feed-forward block. Static."""
 
     intermediate_size: int
-    activation: str = "silu"  # a key of ACTIVATIONS
+    activation: str = "silu"  # a key of ACTIVATIONS, or "xielu", which is learned
     gated: bool = True
     bias: bool = False
 
@@ -50,6 +50,25 @@ class FFNSpec:
     def activation_size(self) -> int:
         """Values a token has between the projections."""
         return (2 if self.gated else 1) * self.intermediate_size
+
+
+class XIELU(nnx.Module):
+    """An activation with two learned slopes (Huang and Schlag, arXiv 2411.13010)."""
+
+    beta = 0.5
+    eps = -1e-6
+
+    def __init__(self, *, dtype: jax.typing.DTypeLike) -> None:
+        self.alpha_p = nnx.Param(jnp.zeros((1,), dtype))
+        self.alpha_n = nnx.Param(jnp.zeros((1,), dtype))
+
+    def __call__(self, x: Array) -> Array:  # [..., F]
+        x32 = x.astype(jnp.float32)
+        positive = jax.nn.softplus(self.alpha_p[...].astype(jnp.float32))
+        negative = self.beta + jax.nn.softplus(self.alpha_n[...].astype(jnp.float32))
+        above = positive * x32 * x32
+        below = (jnp.expm1(jnp.minimum(x32, self.eps)) - x32) * negative
+        return (jnp.where(x32 > 0, above, below) + self.beta * x32).astype(x.dtype)
 
 
 class FFN(nnx.Module):
@@ -63,9 +82,10 @@ class FFN(nnx.Module):
         )
         self.up_proj = Linear(size, hidden_size, use_bias=spec.bias, dtype=dtype)
         self.down_proj = Linear(hidden_size, size, use_bias=spec.bias, dtype=dtype)
+        self.xielu = XIELU(dtype=dtype) if spec.activation == "xielu" else None
 
     def __call__(self, x: Array) -> Array:  # [T, D] -> [T, D]
-        act = ACTIVATIONS[self.spec.activation]
+        act = self.xielu or ACTIVATIONS[self.spec.activation]
         if self.gate_proj is None:
             return self.down_proj(act(self.up_proj(x)))
         return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))

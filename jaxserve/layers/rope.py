@@ -24,6 +24,7 @@ class RopeSpec:
     head_dim: int  # columns that are rotated: the first ones, where a head has more
     theta: float
     interleaved: bool = False  # pairs are (2i, 2i + 1), not (i, i + head_dim / 2)
+    backwards: bool = False  # by the negative angles
     kind: str = "default"  # one of KINDS
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3
@@ -127,6 +128,7 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 def angles(spec: RopeSpec, positions: Array) -> tuple[Array, Array]:
     """Cosines and sines [T, H / 2], float32, of positions [T]."""
     a = positions.astype(jnp.float32)[:, None] * jnp.asarray(spec.frequencies())
+    a = -a if spec.backwards else a
     return jnp.cos(a) * spec.amplitude(), jnp.sin(a) * spec.amplitude()
 
 
