@@ -317,7 +317,7 @@ class Client:
         shown_id = str(number) if request_id is None else request_id
         parsed = prompt
         if not isinstance(parsed, ParsedPrompt):
-            parsed = self.processor.parse(parsed)
+            parsed = self.processor.parse(parsed, pools=pools)
         # The number makes the engine's id unique, so that users may repeat theirs.
         request = self.processor.process(
             f"{shown_id}-{number}", parsed, sampling, priority=priority, pools=pools

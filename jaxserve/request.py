@@ -28,7 +28,7 @@ class Request:
     request_id: str  # unique among live requests
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
-    max_tokens: int  # resolved: prompt + max_tokens <= max_model_len
+    max_tokens: int  # resolved: prompt + max_tokens <= max_model_len, unless it pools
     eos_token_id: int | None  # None when ignore_eos
     stop_token_ids: tuple[int, ...] = ()  # the user's and the generation config's
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()

@@ -87,10 +87,10 @@ class Processor:
         """
         parsed = prompt
         if not isinstance(parsed, ParsedPrompt):
-            parsed = self.parse(parsed, add_special_tokens=add_special_tokens)
+            parsed = self.parse(parsed, add_special_tokens=add_special_tokens, pools=pools)
         sampling = sampling.clone()
         self._check_sampling(sampling)
-        max_tokens = self._max_tokens(len(parsed.token_ids), sampling)
+        max_tokens = 1 if pools else self._max_tokens(len(parsed.token_ids), sampling)
         bad_words = self._bad_words(sampling.bad_words or [])
         extra = () if sampling.ignore_eos else self.end_tokens.extra
         eos = None if sampling.ignore_eos else self.end_tokens.eos_token_id
@@ -136,6 +136,7 @@ class Processor:
         add_special_tokens: bool = True,
         truncate_prompt_tokens: int | None = None,
         truncation_side: Literal["left", "right"] = "left",
+        pools: bool = False,
     ) -> ParsedPrompt:
         """Any form of prompt as tokens; see `PromptReader.read`.
 
@@ -147,6 +148,7 @@ class Processor:
             add_special_tokens=add_special_tokens,
             truncate_prompt_tokens=truncate_prompt_tokens,
             truncation_side=truncation_side,
+            pools=pools,
         )
 
     # The sampling parameters

@@ -64,6 +64,7 @@ class PromptReader:
         add_special_tokens: bool = True,
         truncate_prompt_tokens: int | None = None,
         truncation_side: Literal["left", "right"] = "left",
+        pools: bool = False,
     ) -> ParsedPrompt:
         """Any form of prompt as tokens, checked.
 
@@ -72,6 +73,7 @@ class PromptReader:
             add_special_tokens: Let the tokenizer add its begin token; not for rendered chats.
             truncate_prompt_tokens: Keep the last N; -1: all that leave room for one output token.
             truncation_side: Where tokens are cut off; "right" keeps the first N.
+            pools: No token comes out, so none needs room; -1 keeps as many as the model takes.
         """
         salt = None
         text: str | None = None
@@ -85,13 +87,13 @@ class PromptReader:
         else:
             ids = self._checked_ids(source)
         if truncate_prompt_tokens is not None:
-            kept = self._kept(truncate_prompt_tokens)
+            kept = self._kept(truncate_prompt_tokens, num_output=0 if pools else 1)
             ids = ids[-kept:] if truncation_side == "left" else ids[:kept]
         if not ids:
             raise RequestError(
                 "the prompt is empty; send at least one token", param="prompt", code="invalid_value"
             )
-        self._check_length(len(ids))
+        self._check_length(len(ids), num_output=0 if pools else 1)
         return ParsedPrompt(text, ids, checked_salt(salt))
 
     def _tokenize(self, text: str, add_special_tokens: bool, limit: int | None) -> tuple[int, ...]:
@@ -149,7 +151,7 @@ class PromptReader:
                 code="invalid_type",
             ) from None
 
-    def _kept(self, truncate: int) -> int:
+    def _kept(self, truncate: int, num_output: int) -> int:
         if (
             isinstance(truncate, bool)
             or not isinstance(truncate, int)
@@ -160,12 +162,12 @@ class PromptReader:
                 f"{self.max_model_len}, or -1",
                 param="truncate_prompt_tokens",
             )
-        return max(1, self.max_model_len - 1) if truncate == -1 else truncate
+        return max(1, self.max_model_len - num_output) if truncate == -1 else truncate
 
-    def _check_length(self, num_tokens: int) -> None:
+    def _check_length(self, num_tokens: int, num_output: int) -> None:
         if num_tokens > self.max_model_len:
             raise self._too_long(str(num_tokens))
-        if num_tokens == self.max_model_len:
+        if num_tokens + num_output > self.max_model_len:
             raise RequestError(
                 f"This model's maximum context length is {self.max_model_len} tokens. However, "
                 f"your prompt contains {num_tokens} input tokens, which leaves no room for the "

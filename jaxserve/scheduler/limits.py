@@ -60,7 +60,8 @@ class Limits:
             raise RequestError(f"{asked}; send a prompt of at least 1 token", param="prompt")
         if request.max_tokens < 1:
             raise RequestError(f"{asked}; use at least 1", param="max_tokens")
-        if num_total > self.max_model_len:
+        # What pools stops at its last token, and the next one is thrown away.
+        if num_total - request.pools > self.max_model_len:
             raise RequestError(
                 f"{asked}: {num_total} together, but max_model_len is {self.max_model_len} "
                 "tokens. Shorten the prompt or lower max_tokens",

@@ -49,6 +49,9 @@ class Authentication:
         if tenant is None:
             await error_response(_unauthorized(), scope)(scope, receive, send)
             return
+        if _path(scope).startswith("/admin/"):
+            await error_response(_forbidden(), scope)(scope, receive, send)
+            return
         scope["state"]["tenant"] = tenant
         if self._max_concurrent is not None and self._num_running[tenant] >= self._max_concurrent:
             self._on_limit()
@@ -78,12 +81,15 @@ def open_paths(*, protect_metrics: bool) -> frozenset[str]:
 
 
 def _is_open(scope: Scope, paths: frozenset[str]) -> bool:
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
-    return (path in paths and scope["method"] in ("GET", "HEAD")) or (
+    return (_path(scope) in paths and scope["method"] in ("GET", "HEAD")) or (
         # A browser asks before it sends the key.
         scope["method"] == "OPTIONS"
         and any(name == b"access-control-request-method" for name, _ in scope["headers"])
     )
+
+
+def _path(scope: Scope) -> str:
+    return scope["path"].removeprefix(scope.get("root_path", ""))
 
 
 def _key(scope: Scope) -> bytes | None:
@@ -108,6 +114,15 @@ def _unauthorized() -> APIError:
         "the API key is missing or wrong; send Authorization: Bearer KEY",
         code="invalid_api_key",
         headers={"www-authenticate": "Bearer"},
+    )
+
+
+def _forbidden() -> APIError:
+    """No key may administer the server, so that a route which does has to bring its own right."""
+    return APIError(
+        403,
+        "this API key may use the model, but not administer the server; ask its operator",
+        code="insufficient_permissions",
     )
 
 

@@ -68,6 +68,7 @@ async def embeddings(request: Request) -> Response:
                 add_special_tokens=body.add_special_tokens is not False,
                 truncate_prompt_tokens=body.truncate_prompt_tokens,
                 truncation_side=body.truncation_side or "right",
+                pools=True,
             )
         except RequestError as error:
             param = "input" if error.param == "prompt" else error.param

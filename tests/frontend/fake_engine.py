@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxserve.errors import EngineDeadError, RequestError
+from jaxserve.kv_group import KVGroup
 from jaxserve.request import Abort, Request, RequestTimes, TokenDelta, TokenLogprobs
+from jaxserve.scheduler.limits import Limits
 from jaxserve.step import EngineOutput, StepStats
 
 type Script = Callable[[Request, int], Sequence[int]]
@@ -29,6 +31,7 @@ class FakeEngine:
         tokens_per_step: int = 1,
         refuse_after: int | None = None,
         delay_s: float = 0.0,
+        num_blocks: int | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
@@ -38,6 +41,15 @@ class FakeEngine:
         self.tokens_per_step = tokens_per_step
         self.refuse_after = refuse_after
         self.delay_s = delay_s
+        self._limits: Limits | None = None  # those of a KV cache that small
+        if num_blocks is not None:
+            self._limits = Limits(
+                groups=(KVGroup(num_blocks=num_blocks),),
+                block_size=16,
+                max_num_seqs=8,
+                max_num_batched_tokens=64,
+                max_model_len=max_model_len,
+            )
         self.requests: list[Request] = []
         self.aborts: list[Abort] = []
         self.num_shutdowns = 0
@@ -53,6 +65,8 @@ class FakeEngine:
     def submit(self, request: Request) -> None:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
+        if self._limits is not None:
+            self._limits.check(request)
         if self.refuse_after is not None and len(self.requests) >= self.refuse_after:
             raise RequestError("the queue is full", code="server_overloaded")
         with self._lock:

@@ -241,6 +241,12 @@ OF_COMPLETIONS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"best_of": 2, "n": 1}, "unsupported_parameter", "best_of"),
     ({"suffix": "x"}, "unsupported_parameter", "suffix"),
 ]
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
+IMAGES = [
+    "file:///etc/passwd", "http://127.0.0.1:22/", "http://[::1]/", "http://a\\@b/",
+    "http://localhost:8000/admin/", "https://example.com/404.png", "ftp://a/b", "", PIXEL,
+    "data:image/png;base64,###", "data:text/html,<b>", "data:image/png;base64," + "A" * 1_000_000,
+]  # fmt: skip
 OF_CHAT: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": AWAY}, "missing_required_parameter", "messages"),
     ({"messages": []}, "empty_array", "messages"),
@@ -284,6 +290,16 @@ OF_CHAT: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]},
      "invalid_image_url", "messages[0].content[0].image_url.url"),
+    *(({"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": url}}]}]},
+       "invalid_image_url", "messages[0].content[0].image_url.url") for url in IMAGES),
+    ({"messages": [{"role": "user", "content": [
+        {"type": "text", "text": "a"}, *({"type": "image_url", "image_url": {"url": PIXEL}},) * 11
+    ]}]}, "invalid_image_url", "messages[0].content[1].image_url.url"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+     "invalid_image_url", "messages[0].content[0].image_url.url"),
+    ({"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": ""}}]}]},
+     "unsupported_value", "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
      "unsupported_value", "messages[0].content[0].type"),
 ]  # fmt: skip
@@ -476,6 +492,42 @@ def test_every_route_but_the_watching_ones_needs_a_key(
                 assert http.get("/v1/models", headers=headers).status_code == 200
         for route in ("/health", "/ready", "/ping", "/version"):
             assert http.get(route).status_code == 200
+    running.stop()
+
+
+def test_no_key_may_administer_the_server(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    running = scripted(checkpoint, tokenizer, "Hi.", server=ServerConfig(port=0, api_keys=("k",)))
+    with running.http() as http:
+        for route in ("/admin/reset_prefix_cache", "/admin/", "/admin/a/../b"):
+            check(http.post(route), 401, "invalid_api_key")
+            answer = http.post(route, headers={"authorization": "Bearer k"})
+            check(answer, 403, "insufficient_permissions")
+            assert answer.json()["error"]["type"] == "permission_error"
+    client = openai.OpenAI(base_url=f"{running.url}/admin", api_key="k", max_retries=0)
+    with pytest.raises(openai.PermissionDeniedError):
+        client.models.list()
+    client.close()
+    running.stop()
+
+
+def test_a_prompt_that_fits_the_context_but_not_the_cache_is_refused(
+    checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> None:
+    running = scripted(checkpoint, tokenizer, "Hi.", max_model_len=4096, num_blocks=5)
+    words = "word " * 100
+    bodies: dict[str, dict[str, Any]] = {
+        COMPLETIONS: {"prompt": words},
+        CHAT: {"messages": [{"role": "user", "content": words}], "max_tokens": 4},
+        "/v1/responses": {"input": words, "max_output_tokens": 4},
+    }
+    with running.http() as http:
+        for route, body in bodies.items():
+            for stream in ({}, {"stream": True}):
+                answer = http.post(route, json={"model": "demo", **body, **stream})
+                check(answer, 400, "context_length_exceeded")
+        assert not engine_of(running).requests
+        small = {"model": "demo", "prompt": "word " * 40}
+        assert http.post(COMPLETIONS, json=small).status_code == 200
     running.stop()
 
 

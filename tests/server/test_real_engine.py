@@ -172,6 +172,40 @@ def test_embeddings_have_length_one_and_tell_texts_apart(
     assert len(long.data[0].embedding) == 576
     with pytest.raises(openai.BadRequestError):
         client.embeddings.create(model="demo", input=texts, dimensions=577)
+    ids = [[1 + i % 400 for i in range(count)] for count in (256, 255)]  # the model takes 256
+    full, less = client.embeddings.create(model="demo", input=ids, encoding_format="float").data
+    assert len(full.embedding) == 576
+    assert np.dot(full.embedding, less.embedding) > 0.5
+    again = client.embeddings.create(model="demo", input=ids[:1], encoding_format="float").data[0]
+    assert np.allclose(again.embedding, full.embedding, atol=2e-4)
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 256"):
+        client.embeddings.create(model="demo", input=[7] * 257)
+
+
+def test_free_text_may_hold_forms(client: openai.OpenAI) -> None:
+    tag = {"begin": "<city>", "content": {"type": "json_schema", "json_schema": CITY},
+           "end": "</city>"}  # fmt: skip
+    forms: list[dict[str, Any]] = [
+        {"format": {"type": "triggered_tags", "triggers": ["<city>"], "tags": [tag],
+                    "at_least_one": True, "stop_after_first": True}},
+        {"structures": [{"begin": "<city>", "schema": CITY, "end": "</city>"}],
+         "triggers": ["<city>"]},
+    ]  # fmt: skip
+    messages: Any = [{"role": "user", "content": "Describe Paris as <city>{...}</city>."}]
+    for form in forms:
+        answer = client.chat.completions.create(
+            model="demo", messages=messages, temperature=1, n=2, seed=5, max_tokens=70,
+            response_format={"type": "structural_tag", **form},  # pyright: ignore
+        )  # fmt: skip
+        finished = [c.message.content or "" for c in answer.choices if c.finish_reason == "stop"]
+        assert finished
+        for text in finished:
+            parts = text.split("<city>")
+            assert "format" not in form or (len(parts) == 2 and not parts[0])
+            for part in parts[1:]:
+                inner, end, _ = part.partition("</city>")
+                assert end
+                jsonschema.validate(json.loads(inner), CITY)
 
 
 def test_metrics_count_what_was_served(server: RunningServer, client: openai.OpenAI) -> None:
