@@ -1,6 +1,6 @@
 """The table of architectures in jaxserve/models/README.md, made from the specs of the golden cases.
 
-    python -m tests.models.features   # prints it
+python -m tests.models.features   # prints it
 """
 
 import json
@@ -18,18 +18,30 @@ CASES = Path(__file__).parent.parent / "golden" / "models"
 
 def table() -> str:
     """One row an architecture: its module, and what its golden cases ask of the decoder."""
-    found: dict[str, dict[str, None]] = {name: {} for name in registry.FAMILIES}
+    found: dict[str, dict[str, None] | None] = dict.fromkeys(registry.FAMILIES)
     for path in sorted(CASES.glob("*.json")):
         config = json.loads(path.read_text())["config"]
         name = config["architectures"][0]
         if name in found:
-            found[name].update(dict.fromkeys(features(registry.spec_from_config(config))))
+            asked = dict.fromkeys(features(registry.spec_from_config(config)))
+            found[name] = (found[name] or {}) | asked
     rows = [
-        f"| `{name}` | {registry.FAMILIES[name].__name__.rpartition('.')[2]} | "
-        f"{', '.join(sorted(asked)) or '-'} |"
-        for name, asked in sorted(found.items())
+        f"| `{name}` | {_module(name)} | {asked} |"
+        for name, asked in sorted((name, _told(name, found)) for name in found)
     ]
     return "\n".join(["| Architecture | Module | Asks for |", "|---|---|---|", *rows])
+
+
+def _module(name: str) -> str:
+    return registry.FAMILIES[name].__name__.rpartition(".")[2]
+
+
+def _told(name: str, found: dict[str, dict[str, None] | None]) -> str:
+    asked = found[name]
+    if asked is None:
+        others = [n for n in found if _module(n) == _module(name) and found[n] is not None]
+        return f"an older name within its module, which is tested by {', '.join(others)}"
+    return ", ".join(sorted(asked)) or "nothing beyond Llama"
 
 
 def features(spec: DecoderSpec) -> Iterator[str]:
@@ -62,8 +74,9 @@ def features(spec: DecoderSpec) -> Iterator[str]:
             yield from _when(attention.alibi is not None, "ALiBi")
             yield from _when(attention.clip is not None, "clipped QKV")
             yield from _when(attention.temperature is not None, "temperature by position")
-            yield from _when(rope is not None and rope.head_dim < attention.head_dim, "partial rope")
             yield from _when(rope is None and not spec.position_rows, "layers without rope")
+            partial = rope is not None and rope.head_dim < attention.head_dim
+            yield from _when(partial, "partial rope")
         if rope is not None:
             yield from _when(rope.interleaved, "interleaved rope")
             yield from _when(rope.kind != "default", f"rope {rope.kind}")
