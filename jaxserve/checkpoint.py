@@ -1,4 +1,4 @@
-"""A model reference (demo, folder, GGUF file) -> config, tokenizer source and tensor index.
+"""A model reference (demo, folder, GGUF file, hub name) -> config, tokenizer source, tensor index.
 
 Reads headers only and never tensor data, and never unpickles. `jaxserve.weights` turns the index
 into arrays.
@@ -9,7 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from jaxserve import bucket, hub
+from jaxserve.config import EngineConfig
+from jaxserve.converted import INDEX, part_name, read_index
 from jaxserve.errors import CheckpointError
 from jaxserve.gguf_checkpoint import (
     PACKAGED,
@@ -21,6 +25,7 @@ from jaxserve.gguf_checkpoint import (
     read_headers,
 )
 from jaxserve.model_index import Checkpoint, Part, TensorInfo, TokenizerSource
+from jaxserve.overrides import overridden, with_rope
 from jaxserve.safetensors import read_safetensors
 
 MAX_JSON_BYTES = 32 << 20  # of an index.json; everything else is smaller
@@ -43,50 +48,112 @@ class WeightSource:
     dtype: str | None = None  # of the parameter; None: that of all
 
 
+def open_configured(config: EngineConfig) -> Checkpoint:
+    """`open_checkpoint` for an engine: fetched if need be, with the config's changes laid over it.
+
+    Raises:
+        CheckpointError, UnsupportedError: As `open_checkpoint`.
+    """
+    found = open_checkpoint(
+        config.model,
+        load_format=config.load_format,
+        tokenizer=config.tokenizer,
+        revision=config.revision,
+        tokenizer_revision=config.tokenizer_revision,
+        download_dir=config.download_dir,
+        show_progress=config.show_progress,
+    )
+    changed = with_rope(found.config, scaling=config.rope_scaling, theta=config.rope_theta)
+    return replace(found, config=overridden(changed, config.hf_overrides))
+
+
 def open_checkpoint(
     model: str,
     *,
     load_format: str = "auto",
     hf_overrides: Mapping[str, Any] | None = None,
     tokenizer: str | None = None,
+    revision: str | None = None,
+    tokenizer_revision: str | None = None,
+    download_dir: str | None = None,
+    show_progress: bool = False,
 ) -> Checkpoint:
     """Read the headers of a model.
 
     Args:
-        model: "demo" or another packaged model, a Hugging Face folder, a .gguf file (of a split
-            model, any part), or (dummy weights) a config.json.
-        load_format: "auto", "safetensors", "gguf", or "dummy" (config only, no tensors).
+        model: "demo" or another packaged model, a Hugging Face or converted folder, a .gguf file
+            (of a split model, any part), or (dummy weights) a config.json; the URL of a converted
+            folder (gs://...); else a name on the hub, `org/name` or `org/name:Q4_K_M`, which is
+            fetched.
+        load_format: "auto", "safetensors", "gguf", "orbax", or "dummy" (config only, no tensors).
         hf_overrides: Values laid over config.json; sub-configs are merged.
-        tokenizer: A folder or GGUF file to take the tokenizer and chat template from instead.
+        tokenizer: A folder, GGUF file or name on the hub to take the tokenizer and chat template
+            from instead.
+        revision: Of a model on the hub.
+        tokenizer_revision: Of a tokenizer on the hub; None: `revision`, if it is the same name.
+        download_dir: The hub's cache.
+        show_progress: Whether to show how a download goes.
 
     Raises:
         CheckpointError: Something is missing or damaged.
         UnsupportedError: Something is well formed but not implemented.
     """
-    path = _existing(model)
-    if path is None:
+    path, name = _existing(model), hub.parse_name(model)
+    weights_url = None
+    if bucket.is_bucket(model):
+        path, name, weights_url = bucket.fetch(model), None, model
+    elif path is None and name is not None:
+        path = hub.fetch(
+            name,
+            revision=revision,
+            download_dir=download_dir,
+            load_format=load_format,
+            show_progress=show_progress,
+        )
+    elif path is None:
         raise CheckpointError(
             f"model {model!r} does not exist; pass 'demo', a folder with config.json and "
-            "safetensors files (`hf download NAME --local-dir FOLDER` fetches one), "
-            "or a .gguf file"
+            "safetensors files, a .gguf file, the name of a model on the hub (org/name), or "
+            "gs:// and the folder of a converted model"
         )
-    if path.is_dir():
-        path = only_gguf(path, load_format) or path
-    if path.is_dir() or path.name == "config.json":
-        found = _open_folder(path, load_format)
     else:
-        found = open_gguf(path, load_format, packaged_chunks(model))
+        name = None
+    try:
+        found = _open_path(path, load_format, weights_url, packaged_chunks(model))
+    except CheckpointError as error:
+        if name is None:
+            raise
+        raise CheckpointError(f"{error} (from the hub's cache: delete it there first)") from None
     source, template = found.tokenizer, found.chat_template
     if tokenizer is not None:
-        source, template = _open_tokenizer(tokenizer)
+        if tokenizer_revision is None and tokenizer == model:
+            tokenizer_revision = revision
+        source, template = _open_tokenizer(
+            tokenizer, tokenizer_revision, download_dir, show_progress=show_progress
+        )
     return Checkpoint(
-        name=model if model in PACKAGED else found.name,
-        config=_overridden(found.config, hf_overrides or {}),
+        name=model if model in PACKAGED or name is not None else found.name,
+        config=overridden(found.config, hf_overrides or {}),
         generation_config=found.generation_config,
         tensors={} if load_format == "dummy" else found.tensors,
         tokenizer=source,
         chat_template=template,
     )
+
+
+def _open_path(
+    path: Path, load_format: str, weights_url: str | None, chunks: tuple[Path, ...]
+) -> Checkpoint:
+    if load_format == "orbax" and not (path / INDEX).is_file():
+        raise CheckpointError(
+            f"{path} is not a converted model, which --load-format orbax needs; make one with "
+            "`jaxserve convert`, or use --load-format auto"
+        )
+    if path.is_dir():
+        path = only_gguf(path, load_format) or path
+    if path.is_dir() or path.name == "config.json":
+        return _open_folder(path, load_format, weights_url)
+    return open_gguf(path, load_format, chunks)
 
 
 def demo_path() -> Path:
@@ -103,17 +170,6 @@ def _existing(reference: str) -> Path | None:
         return path if path.is_dir() or path.is_file() else None
     except (OSError, RuntimeError, ValueError):  # no such user, too long, no permission
         return None
-
-
-def _overridden(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with `overrides` laid over it; a sub-config such as text_config is merged."""
-    result = dict(config)
-    for key, value in overrides.items():
-        old = result.get(key)
-        if key.endswith("_config") and isinstance(old, dict) and isinstance(value, Mapping):
-            value = _overridden(old, value)
-        result[key] = value
-    return result
 
 
 # --- Hugging Face folder ---
@@ -141,7 +197,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open_folder(path: Path, load_format: str) -> Checkpoint:
+def _open_folder(path: Path, load_format: str, weights_url: str | None) -> Checkpoint:
     folder = path.parent if path.name == "config.json" else path
     if load_format == "gguf":
         raise CheckpointError(f"{folder} holds no GGUF file; use --load-format auto")
@@ -150,16 +206,39 @@ def _open_folder(path: Path, load_format: str) -> Checkpoint:
         raise CheckpointError(
             f"{folder} has no config.json; pass a Hugging Face model folder or a .gguf file"
         )
+    tensors: Mapping[str, TensorInfo] = {}
+    if load_format in ("auto", "orbax") and (folder / INDEX).is_file():
+        tensors = _converted_tensors(
+            folder, weights_url or f"file://{quote(str(folder.absolute()))}"
+        )
+    elif load_format != "dummy":
+        tensors = _folder_tensors(folder)
     generation = folder / "generation_config.json"
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     return Checkpoint(
         name=folder.resolve().name,
         config=_read_json(config_path),
         generation_config=_read_json(generation) if generation.is_file() else {},
-        tensors={} if load_format == "dummy" else _folder_tensors(folder),
+        tensors=tensors,
         tokenizer=TokenizerSource(folder=folder) if has_tokenizer else None,
         chat_template=_folder_template(folder),
     )
+
+
+def _converted_tensors(folder: Path, url: str) -> dict[str, TensorInfo]:
+    return {
+        name: TensorInfo(
+            name=name,
+            shape=entry.shape,
+            file=folder / INDEX,
+            offset=0,
+            nbytes=entry.nbytes,
+            encoding=entry.encoding,
+            stored_name=name,
+            array=f"{url.rstrip('/')}/{part_name(entry.part)}/",
+        )
+        for name, entry in read_index(folder).entries.items()
+    }
 
 
 def _folder_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -222,7 +301,9 @@ def _shards(folder: Path) -> tuple[dict[str, str], list[Path]]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         single = folder / "model.safetensors"
-        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        # Regular files only: opening a pipe would wait for ever.
+        found = (path for path in sorted(folder.glob("*.safetensors")) if path.is_file())
+        files = [single] if single.is_file() else list(found)
         if not files:
             raise _no_weights(folder)
         return {}, files
@@ -256,16 +337,26 @@ def _no_weights(folder: Path) -> CheckpointError:
 # --- Tokenizer ---
 
 
-def _open_tokenizer(tokenizer: str) -> tuple[TokenizerSource, str | None]:
-    path = _existing(tokenizer)
+def _open_tokenizer(
+    tokenizer: str, revision: str | None, download_dir: str | None, *, show_progress: bool
+) -> tuple[TokenizerSource, str | None]:
+    path, name = _existing(tokenizer), hub.parse_name(tokenizer)
+    if path is None and name is not None:
+        path = hub.fetch(
+            name,
+            revision=revision,
+            download_dir=download_dir,
+            tokenizer_only=True,
+            show_progress=show_progress,
+        )
     if path is not None and path.is_file():
         header = read_headers(path, packaged_chunks(tokenizer))[0]
         return TokenizerSource(gguf=header.metadata), gguf_template(header)
     if path is not None and any((path / name).is_file() for name in _TOKENIZER_FILES):
         return TokenizerSource(folder=path), _folder_template(path)
     raise CheckpointError(
-        f"tokenizer {tokenizer!r} does not exist; pass a folder with tokenizer.json, "
-        "or a .gguf file"
+        f"tokenizer {tokenizer!r} does not exist; pass a folder with tokenizer.json, a .gguf file, "
+        "or a name on the hub (org/name)"
     )
 
 

@@ -369,15 +369,10 @@ def open_client(config: EngineConfig) -> Client:
     Raises:
         ConfigError, CheckpointError, UnsupportedError: See `Engine`.
     """
-    from jaxserve.checkpoint import open_checkpoint
+    from jaxserve.checkpoint import open_configured
 
     template = None if config.chat_template is None else read_template(config.chat_template)
-    checkpoint = open_checkpoint(
-        config.model,
-        load_format=config.load_format,
-        hf_overrides=config.hf_overrides,
-        tokenizer=config.tokenizer,
-    )
+    checkpoint = open_configured(config)
     # Before the weights, so that a mistake shows at once.
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(checkpoint)
     if tokenizer is not None and template is not None:

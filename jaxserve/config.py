@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jaxserve.errors import ConfigError
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
-LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 ATTENTION_BACKENDS = (
     "auto",
@@ -28,16 +28,20 @@ class EngineConfig:
     None means: decided at start-up, from the model, the device and the free memory.
     """
 
-    model: str = "demo"  # "demo", a Hugging Face folder, or a .gguf file
-    tokenizer: str | None = None  # folder; None: the model's own
+    model: str = "demo"  # "demo", a Hugging Face folder, a .gguf file, or a name on the hub
+    tokenizer: str | None = None  # folder, .gguf file or name on the hub; None: the model's own
     skip_tokenizer_init: bool = False
-    revision: str | None = None
+    revision: str | None = None  # of a model on the hub: branch, tag or commit
+    tokenizer_revision: str | None = None
+    download_dir: str | None = None  # None: $HF_HUB_CACHE, else ~/.cache/huggingface/hub
     trust_remote_code: bool = False
     hf_overrides: dict[str, Any] = field(default_factory=dict)  # laid over config.json
+    rope_scaling: dict[str, Any] | None = None  # laid over config.json, and its context stretched
+    rope_theta: float | None = None
     served_model_name: str | None = None
     generation_config: str = "auto"  # "auto": the model's; "vllm": none; or a folder
     chat_template: str | None = None  # a file, or the template itself
-    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
+    load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = "auto"
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"  # as dtype; fp8 is fp8_e4m3, stored unscaled
     max_model_len: int | None = None  # tokens, prompt and output together
@@ -109,6 +113,11 @@ def _problems(c: EngineConfig) -> Iterator[str]:
         yield f"block_size={c.block_size!r} is not usable; use 8, 16, 32, 64 or 128"
     if c.max_logprobs < -1:
         yield f"max_logprobs={c.max_logprobs} is too small; use -1 for the whole vocabulary"
+    theta = c.rope_theta
+    if theta is not None and not (_is_number(theta) and 0 < theta < 1e30):
+        yield f"rope_theta={theta!r} is not usable; use a positive number, such as 10000"
+    if c.rope_scaling is not None:
+        yield from _rope_problems(c.rope_scaling)
     t = c.grammar_compile_timeout_s
     if isinstance(t, bool) or not (isinstance(t, int | float) and 0 < t <= 60):
         yield f"grammar_compile_timeout_s={t!r} is out of range; use more than 0 and at most 60"
@@ -119,3 +128,20 @@ def _problems(c: EngineConfig) -> Iterator[str]:
         yield f"seed={c.seed} is out of range; use a 64-bit integer"
     if not isinstance(c.model, str) or not c.model:
         yield f"model={c.model!r} is not a name; use 'demo', a model folder, or a .gguf file"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rope_problems(scaling: object) -> Iterator[str]:
+    example = '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}'
+    if not isinstance(scaling, dict):
+        yield f"rope_scaling={scaling!r:.80} is not an object; use one such as {example}"
+        return
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if not isinstance(kind, str):
+        yield f"rope_scaling has no rope_type; use one such as {example}"
+    factor = scaling.get("factor", 1.0)
+    if not (_is_number(factor) and 1 <= factor <= 1e6):
+        yield f"rope_scaling has factor={factor!r:.80}; use a number of at least 1"

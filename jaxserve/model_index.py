@@ -44,6 +44,7 @@ class TensorInfo:
     pieces: tuple["Piece", ...] = ()  # what it is joined of, instead of bytes of its own
     scales: "TensorInfo | None" = None  # MXFP4_BLOCKS: where the blocks' exponents lie
     stored_name: str = ""  # in the file
+    array: str | None = None  # URL of the Orbax checkpoint that has it, instead of bytes of `file`
 
     @property
     def encodings(self) -> set[str]:

@@ -372,7 +372,7 @@ def test_the_same_tensor_in_two_files_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "load_format", "words"),
     [
-        ("no/such/model", "auto", "hf download NAME"),
+        ("no/such/model", "auto", "a model on the hub"),
         ("~nobody-here/model", "auto", "does not exist"),
         ("x" * 5000, "auto", "does not exist"),
         ("a\0b", "auto", "does not exist"),

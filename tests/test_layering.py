@@ -26,7 +26,13 @@ CORRIDOR = {
     "gguf_tensors": "errors gguf gguf_rope gguf_architectures model_index",
     "gguf_checkpoint": "errors gguf gguf_rope gguf_config gguf_tensors model_index",
     "safetensors": "errors",
-    "checkpoint": "errors config gguf gguf_checkpoint model_index safetensors",
+    "hub": "errors",
+    "converted": "errors safetensors",
+    "bucket": "errors safetensors converted",
+    "overrides": "errors",
+    "checkpoint": (
+        "errors config gguf gguf_checkpoint model_index safetensors hub converted bucket overrides"
+    ),
     "request": "errors structured_outputs sampling_params",
     "outputs": "errors structured_outputs sampling_params request",
     "kv_group": "",
@@ -49,10 +55,11 @@ MAY_IMPORT = {
         "engine": f"scheduler runner {ALL}",
         "frontend": ALL,
         "client": f"engine frontend {ALL}",
+        "convert": f"runner models weights layers mesh frontend {ALL}",
         "llm": f"client frontend {ALL}",
         "async_llm": f"client frontend {ALL}",
         "server": f"async_llm client frontend {ALL}",
-        "commands": f"llm async_llm server frontend {ALL}",
+        "commands": f"llm async_llm server convert frontend {ALL}",
         "cli": f"commands {ALL}",
         "__init__": f"llm async_llm {ALL}",
         "__main__": "cli",
@@ -62,6 +69,7 @@ DEVICE = {"jax", "jaxlib", "flax", "orbax", "optax"}
 NO_DEVICE = {"scheduler", "frontend", "client", "llm", "async_llm", "server"}
 LAZY = {"commands", "cli", "__init__"}  # outside functions: the corridor and commands, no JAX
 FEW = {"pallas_kernels": {"jax", "numpy"}, **{room: {"numpy"} for room in CORRIDOR}}
+FEW |= {"hub": {"huggingface_hub"}, "bucket": {"tensorstore"}}  # inside functions
 
 
 def room_of(module: str) -> str:

@@ -13,11 +13,17 @@ from jaxserve.config import ATTENTION_BACKENDS, DTYPES, KV_CACHE_DTYPES, EngineC
 
 # What each field means. Fields without a line here still get a flag.
 HELP = {
-    "tokenizer": "folder or .gguf file to take the tokenizer from (default: the model's own)",
+    "tokenizer": "folder, .gguf file or hub name to take the tokenizer from (default: the model's)",
     "skip_tokenizer_init": "load no tokenizer; token ids in, token ids out",
     "revision": "branch, tag or commit of a hub model",
+    "tokenizer_revision": "the same of a tokenizer on the hub",
+    "download_dir": "where hub models are kept (default: $HF_HUB_CACHE, else "
+    "~/.cache/huggingface/hub)",
     "trust_remote_code": "refused: jaxserve never runs code from a model folder",
     "hf_overrides": "JSON object laid over the model's config.json",
+    "rope_scaling": "JSON object that replaces the model's rope scaling, such as "
+    '{"rope_type":"yarn","factor":4}',
+    "rope_theta": "base of the rotary embedding, instead of the model's",
     "served_model_name": "name under which the model is shown",
     "generation_config": "where sampling defaults come from: auto (the model), vllm (none), or a "
     "folder",
@@ -79,7 +85,10 @@ def add_engine_arguments(
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """Adds MODEL, also as --model."""
-    what = "'demo', a Hugging Face folder, or a .gguf file (default: demo)"
+    what = (
+        "'demo', a Hugging Face folder, a .gguf file, or a name on the hub: org/name, or "
+        "org/name:Q4_K_M for one of its GGUF files (default: demo)"
+    )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=what)
     parser.add_argument("--model", metavar="MODEL", dest="model_flag", help="the same as MODEL")
 

@@ -16,14 +16,14 @@ from jaxserve.errors import ConfigError, UnsupportedError
 _NO_EFFECT = """
     allowed_local_media_path allowed_media_domains code_revision compilation_config
     cudagraph_metrics device disable_async_output_proc disable_cascade_attn
-    disable_custom_all_reduce disable_log_requests distributed_executor_backend download_dir
-    enable_log_requests fail_on_environ_validation hf_token ignore_patterns jit_monitor_mode
+    disable_custom_all_reduce disable_log_requests distributed_executor_backend
+    enable_log_requests fail_on_environ_validation ignore_patterns jit_monitor_mode
     limit_mm_per_prompt max_cudagraph_capture_size max_num_partial_prefills
     max_parallel_loading_workers max_seq_len_to_capture mm_processor_cache_gb
     mm_processor_kwargs model_loader_extra_config multi_step_stream_outputs num_scheduler_steps
     optimization_level performance_mode prefix_caching_hash_algo preemption_mode
     safetensors_load_strategy shutdown_timeout structured_outputs_config swap_space
-    tokenizer_revision use_v2_block_manager worker_use_ray
+    use_v2_block_manager worker_use_ray
 """
 NO_EFFECT = frozenset(_NO_EFFECT.split())
 # Accepted with these values, which say what jaxserve does anyway.
@@ -73,6 +73,11 @@ def engine_config(model: str, given: Mapping[str, Any], **defaults: Any) -> Engi
     """
     known = sorted(_FIELDS | NO_EFFECT | ONLY.keys())
     problems = []
+    given = dict(given)
+    if given.pop("hf_token", None) not in (None, True):  # never shown
+        problems.append("hf_token is not taken as an argument; set HF_TOKEN in the environment")
+    if given.get("max_model_len") in (-1, "auto"):  # as in vLLM: what the model allows
+        given["max_model_len"] = None
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -1,10 +1,13 @@
 """Loading: checks that a checkpoint holds what a model wants, then places every parameter.
 
 Parameters are made one after another, and shard after shard: the host holds at most one shard
-beside what is already on the devices. On the CPU backend the finished host array *is* the
-device's (zero copy), so it is 64-byte aligned and never touched again.
+beside what is already on the devices. A large parameter is filled on its device, a few layers or
+rows at a time, by updates in place; so the host holds two such pieces, never the stack, and the
+device transposes. On the CPU backend the finished host array *is* the device's (zero copy), so it
+is 64-byte aligned and never touched again.
 """
 
+import functools
 import math
 import os
 import re
@@ -12,17 +15,22 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.checkpoint import Checkpoint, Part, TensorInfo, WeightSource
 from jaxserve.errors import CheckpointError, UnsupportedError
 from jaxserve.weights.dummy import dummy_weights
+from jaxserve.weights.orbax import StoredArrays
 from jaxserve.weights.reader import TensorFiles, read_into, readable_encodings
 
 MAX_PROBLEMS = 8  # named in an error; the others are counted
 MAX_THREADS = 8
+PIECE_BYTES = 64 << 20  # of a parameter that is filled on its device: read and sent at a time
+SPLIT_BYTES = 4 << 20  # of a tensor that several threads read
 _ALIGNMENT = 64  # what XLA wants to use a host buffer in place
 _DERIVED = (r".*rotary_emb\.inv_freq",)  # buffers of old checkpoints; models compute them
 
@@ -64,11 +72,12 @@ def load_weights(
         return dummy_weights(wanted, dtype=target, shardings=places, seed=seed)
     check_weights(checkpoint, wanted, ignored)
     report = _Progress(wanted, target, progress)
+    arrays = StoredArrays()
     weights = {}
     with TensorFiles() as files, ThreadPoolExecutor(_num_threads()) as pool:
         for name, source in wanted.items():
             wanted_dtype = np.dtype(source.dtype) if source.dtype else target
-            maker = _Maker(checkpoint, source, wanted_dtype, files, pool, report)
+            maker = _Maker(checkpoint, source, wanted_dtype, files, arrays, pool, report)
             weights[name] = maker.place(places.get(name))
     report.finish()
     return weights
@@ -165,6 +174,7 @@ class _Maker:
         source: WeightSource,
         dtype: np.dtype,
         files: TensorFiles,
+        arrays: StoredArrays,
         pool: ThreadPoolExecutor,
         report: "_Progress",
     ) -> None:
@@ -173,13 +183,14 @@ class _Maker:
         self.source = source
         self.dtype = dtype
         self.files = files
+        self.arrays = arrays
         self.pool = pool
         self.report = report
 
     def place(self, sharding: jax.sharding.Sharding | None) -> jax.Array:
         shape = self.source.shape
         if sharding is None:
-            return jax.device_put(self.read(tuple(slice(0, n) for n in shape)))
+            return self._shard(tuple(slice(0, n) for n in shape), None)
         shards: list[jax.Array] = []
         made: dict[tuple[tuple[int, int], ...], jax.Array] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -187,31 +198,78 @@ class _Maker:
             if spans in made:  # a replica: copy between devices instead of reading again
                 shards.append(jax.device_put(made[spans], device))
                 continue
-            part = jax.device_put(self.read(tuple(slice(*span) for span in spans)), device)
+            part = self._shard(tuple(slice(*span) for span in spans), device)
             # The transfer is finished before the next shard is allocated: that bounds the host.
             made[spans] = part.block_until_ready()
             shards.append(part)
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
-    def read(self, index: Index) -> np.ndarray:
-        """One slice of the parameter as a new host array."""
-        out = aligned_empty(tuple(s.stop - s.start for s in index), self.dtype)
-        stack = self.source.stack
-        if not stack:
-            self._read_tensor(self.infos[0], index, out)
-            return out
-        depth = len(stack)
+    def _shard(self, index: Index, device: Any) -> jax.Array:
+        """One slice of the parameter on a device; None is the default one."""
+        if not index or not fills_in_place(device):
+            return jax.device_put(self.read(index), device)
+        swap = self.source.transpose  # by the device: it is the host's slowest work
+        axis = 0 if self.source.stack else self._row_axis(index)
+        first = index[axis]
+        shape = tuple(s.stop - s.start for s in index)
+        row_bytes = math.prod(shape) // max(1, shape[axis]) * self.dtype.itemsize
+        step = max(1, PIECE_BYTES // max(1, row_bytes))
+        if step >= shape[axis] and not swap:
+            return jax.device_put(self.read(index), device)
+        filled = jnp.zeros(shape, self.dtype, device=device)
+        sent: jax.Array | None = None
+        for start in range(first.start, first.stop, step):
+            span = slice(start, min(start + step, first.stop))
+            piece = self.read((*index[:axis], span, *index[axis + 1 :]), as_stored=True)
+            if sent is not None:  # its host buffer is free before the next but one is read
+                sent.block_until_ready()
+            sent = jax.device_put(piece, device)
+            filled = _fill(filled, sent, np.int32(start - first.start), axis=axis, swap=swap)
+        return filled
+
+    def read(self, index: Index, *, as_stored: bool = False) -> np.ndarray:
+        """One slice of the parameter as a new host array; `as_stored` leaves out the transpose."""
+        shape = tuple(s.stop - s.start for s in index)
+        swap = self.source.transpose
+        if as_stored and swap:
+            made = aligned_empty((*shape[:-2], shape[-1], shape[-2]), self.dtype)
+            out = made.swapaxes(-1, -2)
+        else:
+            made = out = aligned_empty(shape, self.dtype)
+        depth = len(self.source.stack)
+        spans = self._spans(index[depth:])
         jobs = []
-        for place in np.ndindex(out.shape[:depth]):
-            number = np.ravel_multi_index(
-                [i + s.start for i, s in zip(place, index, strict=False)], stack
-            )
-            jobs.append(
-                self.pool.submit(self._read_tensor, self.infos[number], index[depth:], out[place])
-            )
+        for place in np.ndindex(shape[:depth]):
+            number = 0
+            for i, s, n in zip(place, index, self.source.stack, strict=False):
+                number = number * n + i + s.start
+            for part, target in spans:
+                arguments = (self.infos[number], part, out[place][target])
+                jobs.append(self.pool.submit(self._read_tensor, *arguments))
         for job in jobs:
             job.result()
-        return out
+        return made
+
+    def _row_axis(self, index: Index) -> int:
+        """The axis of a slice along which the tensor is stored row after row."""
+        return max(0, len(index) - (1 if self.source.transpose else 2))
+
+    def _spans(self, index: Index) -> list[tuple[Index, Index]]:
+        """A tensor's slice in parts for several threads: of the tensor, and of the result."""
+        shape = [s.stop - s.start for s in index]
+        nbytes = math.prod(shape) * self.dtype.itemsize
+        if len(shape) < 2 or nbytes <= SPLIT_BYTES:
+            return [(index, (slice(None),) * len(shape))]
+        axis = self._row_axis(index)
+        # Many rows at a time, so that parts of a transposed array share few cache lines.
+        step = -(-max(1, shape[axis] * SPLIT_BYTES // nbytes) // 128) * 128
+        spans = []
+        for start in range(0, shape[axis], step):
+            stop = min(start + step, shape[axis])
+            first = index[axis].start
+            part = (*index[:axis], slice(first + start, first + stop), *index[axis + 1 :])
+            spans.append((part, (slice(None),) * axis + (slice(start, stop),)))
+        return spans
 
     def _read_tensor(self, info: TensorInfo, index: Index, out: np.ndarray) -> None:
         target = out
@@ -219,10 +277,16 @@ class _Maker:
             index, target = (*index[:-2], index[-1], index[-2]), out.swapaxes(-1, -2)
         part = self.source.part
         if part is None:
-            read_into(self.files, info, index, target)
+            self._read_into(info, index, target)
         else:
             self._read_part(info, part, index, target)
         self.report.add(out.nbytes)
+
+    def _read_into(self, info: TensorInfo, index: Index, out: np.ndarray) -> None:
+        if info.array is None:
+            read_into(self.files, info, index, out)
+        else:
+            self.arrays.read_into(info, index, out)
 
     def _read_part(self, info: TensorInfo, part: Part, index: Index, out: np.ndarray) -> None:
         """Reads whole groups, then keeps what belongs to the part."""
@@ -230,13 +294,13 @@ class _Maker:
         wanted, width = index[axis], part.stop - part.start
         if part.groups == 1:
             span = slice(wanted.start + part.start, wanted.stop + part.start)
-            read_into(self.files, info, (*index[:axis], span, *index[axis + 1 :]), out)
+            self._read_into(info, (*index[:axis], span, *index[axis + 1 :]), out)
             return
         first, last = wanted.start // width, -(-wanted.stop // width)
         span = slice(first * part.group_size, last * part.group_size)
         shape = [*out.shape[:axis], span.stop - span.start, *out.shape[axis + 1 :]]
         whole = np.empty(shape, self.dtype)
-        read_into(self.files, info, (*index[:axis], span, *index[axis + 1 :]), whole)
+        self._read_into(info, (*index[:axis], span, *index[axis + 1 :]), whole)
         grouped = whole.reshape(*shape[:axis], last - first, part.group_size, *shape[axis + 1 :])
         kept = np.moveaxis(grouped, axis + 1, 0)[part.start : part.stop]
         kept = np.moveaxis(kept, 0, axis + 1).reshape(
@@ -245,6 +309,19 @@ class _Maker:
         begin = wanted.start - first * width
         trim = slice(begin, begin + wanted.stop - wanted.start)
         out[...] = kept[(slice(None),) * axis + (trim,)]
+
+
+def fills_in_place(device: Any) -> bool:
+    """Whether a stack is filled on its device. On the CPU that would only be another copy."""
+    return (jax.default_backend() if device is None else device.platform) != "cpu"
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("axis", "swap"))
+def _fill(
+    filled: jax.Array, piece: jax.Array, start: jax.typing.ArrayLike, *, axis: int, swap: bool
+) -> jax.Array:
+    piece = piece.swapaxes(-1, -2) if swap else piece
+    return jax.lax.dynamic_update_slice_in_dim(filled, piece, start, axis)
 
 
 class _Progress:

@@ -182,7 +182,7 @@ def _read_mxfp4(
             scales = np.empty((stop - start, row_blocks), np.uint8)
             files.read(info.scales, row * row_blocks, scales)
             rows = mxfp4.decode_blocks(blocks, scales)[:, left:right]
-            _store(rows, out[expert - first, start - top : stop - top], info)
+            store_values(rows, out[expert - first, start - top : stop - top], info)
 
 
 def _read_matrix(
@@ -216,7 +216,7 @@ def _read_matrix(
         if info.shift:
             rows = rows.astype(np.float32) + np.float32(info.shift)
         begin, end = max(start, top), min(stop, bottom)
-        _store(rows[begin - start : end - start], out[begin - top : end - top], info)
+        store_values(rows[begin - start : end - start], out[begin - top : end - top], info)
 
 
 def _block(encoding: str) -> tuple[int, int]:
@@ -242,7 +242,7 @@ def _decode(raw: np.ndarray, encoding: str) -> np.ndarray:
     return dequantize(raw, encoding, len(raw))
 
 
-def _store(values: np.ndarray, out: np.ndarray, info: TensorInfo) -> None:
+def store_values(values: np.ndarray, out: np.ndarray, info: TensorInfo) -> None:
     """Copy with conversion; a finite value that becomes infinite is an error."""
     try:
         with np.errstate(over="raise", invalid="ignore"):

@@ -335,3 +335,83 @@ def test_the_demo_loads_quickly_in_little_memory() -> None:
     assert count == 134_515_008
     assert peak < 1.2 * 4 * count / 2**20
     assert seconds < 20  # processor time; about 2 on an idle machine
+
+
+IN_PLACE = """
+import sys, weakref, jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxserve.checkpoint import WeightSource, open_checkpoint
+from jaxserve.weights import loader
+alive = peak = 0
+allocate = loader.aligned_empty
+def counted(shape, dtype):
+    global alive, peak
+    made = allocate(shape, dtype)
+    alive += made.nbytes
+    peak = max(peak, alive)
+    def free(nbytes=made.nbytes):
+        global alive
+        alive -= nbytes
+    root = made
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    weakref.finalize(root, free)
+    return made
+loader.aligned_empty = counted
+loader.fills_in_place = lambda device: sys.argv[2] == "yes"
+loader.PIECE_BYTES = 100_000
+loader.SPLIT_BYTES = 10_000
+found = open_checkpoint(sys.argv[1])
+names = tuple(sorted(found.tensors))
+mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+stacks = {"layers": (16,), "experts": (4, 4)}
+wanted = {n: WeightSource(names=names, stack=s, shape=(*s, 128, 64), transpose=True)
+          for n, s in stacks.items()}
+shardings = {"layers": NamedSharding(mesh, P(None, "x", "y")),
+             "experts": NamedSharding(mesh, P(None, "x"))}
+expected = np.stack([np.full((128, 64), i, np.float32) for i in range(16)])
+for places in ({}, shardings):
+    found_sizes = []
+    for name, source in wanted.items():
+        peak = alive
+        before = alive
+        made = loader.load_weights(found, {name: source}, dtype="float32", shardings=places)
+        assert np.array_equal(np.asarray(made[name]).reshape(16, 128, 64), expected), name
+        if places:
+            assert made[name].sharding == places[name]
+        found_sizes.append(peak - before)
+        del made
+    print(*found_sizes)
+whole = np.concatenate([np.full((64, 128), i, np.float32) + np.arange(128) for i in range(16)])
+if len(sys.argv) > 3:
+    found = open_checkpoint(sys.argv[3])
+    for transpose in (False, True):
+        shape = (128, 1024) if transpose else (1024, 128)
+        source = WeightSource(names=("w",), shape=shape, transpose=transpose)
+        for places in ({}, {"w": NamedSharding(mesh, P("x", "y"))}):
+            made = loader.load_weights(found, {"w": source}, dtype="float32", shardings=places)
+            assert np.array_equal(np.asarray(made["w"]), whole.T if transpose else whole)
+"""
+
+
+def test_a_parameter_is_filled_on_its_device_piece_by_piece(tmp_path: Path) -> None:
+    tensors = {f"t{i:02}": np.full((64, 128), i, np.float32) for i in range(16)}  # 32 KiB each
+    (tmp_path / "config.json").write_text("{}")
+    save_file(tensors, tmp_path / "model.safetensors")
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "config.json").write_text("{}")
+    columns = np.arange(128, dtype=np.float32)
+    save_file(
+        {"w": np.concatenate([t + columns for t in tensors.values()])}, one / "model.safetensors"
+    )
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    peaks = [
+        [int(n) for line in run_python(IN_PLACE, str(tmp_path), how, str(one), **env).splitlines()
+         for n in line.split()]
+        for how in ("yes", "no")
+    ]  # fmt: skip
+    whole = 16 * 64 * 128 * 4
+    # Pieces of at most 100 kB, or one layer's experts, and two of them at a time.
+    assert all(peak <= 2 * 131_072 for peak in peaks[0])
+    assert peaks[1][:2] == [whole, whole]
