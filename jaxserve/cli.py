@@ -18,6 +18,7 @@ COMMANDS = {
     "bench serve": "how fast a running server answers, under a load",
     "bench throughput": "how many tokens a second, with many requests at once",
     "bench latency": "how long one batch takes",
+    "convert": "write a model's weights as an Orbax checkpoint, for fast and sharded loading",
     "collect-env": "versions, devices and settings, for a bug report",
 }
 GREETING = "A vLLM-like LLM server in JAX: paged attention and continuous batching."
@@ -102,6 +103,8 @@ def _command(name: str) -> ModuleType:
             from jaxserve.commands import bench_throughput as module
         case "bench latency":
             from jaxserve.commands import bench_latency as module
+        case "convert":
+            from jaxserve.commands import convert as module
         case _:
             from jaxserve.commands import collect_env as module
     return module
@@ -120,7 +123,7 @@ def _overview(prefix: str = "") -> str:
             *lines,
             "",
             "`jaxserve COMMAND --help` lists the flags of a command.",
-            "A model is 'demo', a Hugging Face folder, or a .gguf file.",
+            "A model is 'demo', a Hugging Face folder, a .gguf file, or a hub name: org/name.",
         ]
     )
 
