@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from jaxserve.errors import CheckpointError, UnsupportedError
+from jaxserve.errors import CheckpointError, JaxserveError, UnsupportedError
 from jaxserve.models import (
     apertus,
     bloom,
@@ -48,6 +48,7 @@ from jaxserve.models.config_fields import Config
 from jaxserve.models.names import WeightNames
 from jaxserve.models.spec import DecoderSpec
 
+MAX_MESSAGE_CHARS = 1000  # of a config's field
 _MODULES = (
     apertus,
     bloom,
@@ -111,8 +112,25 @@ def architecture(config: Config) -> str:
 
 
 def spec_from_config(config: Config) -> DecoderSpec:
-    """The decoder that a config.json describes."""
-    return FAMILIES[architecture(config)].spec_from_config(config)
+    """The decoder that a config.json describes.
+
+    Raises:
+        CheckpointError: A field is missing, or of the wrong kind.
+        UnsupportedError: It asks for something that is not implemented.
+    """
+    try:
+        return FAMILIES[architecture(config)].spec_from_config(config)
+    except JaxserveError as error:
+        text = str(error)
+        if len(text) <= MAX_MESSAGE_CHARS:
+            raise
+        raise type(error)(f"{text[:MAX_MESSAGE_CHARS]} ...") from None  # a field may be megabytes
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # A family reads plain fields; what a hostile file puts there need not be what it expects.
+        raise CheckpointError(
+            f"config.json has a value of the wrong kind ({type(error).__name__}: "
+            f"{str(error)[:200]}); check the file"
+        ) from error
 
 
 def weight_names(config: Config, spec: DecoderSpec) -> WeightNames:
