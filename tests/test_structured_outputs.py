@@ -13,17 +13,9 @@ import pytest
 from jaxserve import LLM, SamplingParams, StructuredOutputsParams
 from jaxserve.runner.batch import Layout
 from jaxserve.step import StepPlan
+from tests.demo import DEMO
 
-SIZES: dict[str, Any] = {
-    "max_model_len": 320,
-    "max_num_seqs": 32,
-    "max_num_batched_tokens": 32,
-    "layer_loop": "scan",  # quicker to compile
-    "num_gpu_blocks_override": 700,
-    "forbid_late_compile": True,
-    "show_progress": False,
-    "grammar_compile_timeout_s": 20.0,  # a busy machine is no reason to fail here
-}
+TIMEOUT_S = 20.0  # to compile a grammar; a busy machine is no reason to fail here
 MAX_TOKENS = 96
 
 
@@ -167,7 +159,7 @@ def params(index: int, **what: Any) -> SamplingParams:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM("demo", **SIZES) as llm:
+    with LLM("demo", **DEMO, grammar_compile_timeout_s=TIMEOUT_S) as llm:
         yield llm
 
 

@@ -56,6 +56,7 @@ class FakeEngine:
         self._running: dict[tuple[str, int], tuple[Request, list[int], int]] = {}
         self._dead: str | None = None
         self._stop = threading.Event()
+        self._work = threading.Event()  # something runs, or it is to end
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -74,6 +75,7 @@ class FakeEngine:
             for choice in range(request.sampling.n):
                 tokens = list(self.script(request, choice))
                 self._running[request.request_id, choice] = (request, tokens, 0)
+        self._work.set()
 
     def abort(self, command: Abort) -> None:
         with self._lock:
@@ -91,6 +93,7 @@ class FakeEngine:
     def shutdown(self) -> None:
         self.num_shutdowns += 1
         self._stop.set()
+        self._work.set()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -112,8 +115,9 @@ class FakeEngine:
 
     def _run(self) -> None:
         while not self._stop.is_set() and self._dead is None:
+            self._work.clear()
             if not self.step():
-                time.sleep(0.001)
+                self._work.wait(1.0)
             elif self.delay_s:
                 time.sleep(self.delay_s)
 

@@ -12,6 +12,7 @@ import pytest
 from jaxserve import AsyncLLM
 from jaxserve.engine.engine import Engine
 from jaxserve.server_config import ServerConfig
+from tests.demo import DEMO
 from tests.server.running import RunningServer
 
 NUM_CLIENTS = 200
@@ -19,16 +20,7 @@ NUM_CLIENTS = 200
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    llm = AsyncLLM(
-        "demo",
-        max_model_len=256,
-        max_num_seqs=8,
-        max_num_batched_tokens=64,
-        num_gpu_blocks_override=40,  # so few that sequences are preempted
-        layer_loop="scan",
-        forbid_late_compile=True,
-        show_progress=False,
-    )
+    llm = AsyncLLM("demo", **DEMO)
     running = RunningServer(llm, ServerConfig(port=0))
     yield running
     running.stop()

@@ -14,6 +14,7 @@ import pytest
 
 from jaxserve import AsyncLLM
 from jaxserve.server_config import ServerConfig
+from tests.demo import DEMO
 from tests.server.running import RunningServer
 
 CITY = {
@@ -30,16 +31,7 @@ CITY = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    llm = AsyncLLM(
-        "demo",
-        max_model_len=256,
-        max_num_seqs=8,
-        max_num_batched_tokens=64,
-        num_gpu_blocks_override=256,
-        layer_loop="scan",
-        forbid_late_compile=True,
-        show_progress=False,
-    )
+    llm = AsyncLLM("demo", **DEMO)
     config = ServerConfig(port=0, enable_auto_tool_choice=True, tool_call_parser="hermes")
     running = RunningServer(llm, config)
     yield running

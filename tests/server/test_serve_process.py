@@ -18,7 +18,7 @@ import pytest
 
 SMALL = (
     "--max-model-len=256", "--max-num-seqs=8", "--max-num-batched-tokens=64",
-    "--num-gpu-blocks-override=256", "--layer-loop=scan",
+    "--num-gpu-blocks-override=40", "--layer-loop=scan",
 )  # fmt: skip
 
 
