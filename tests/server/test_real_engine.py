@@ -186,7 +186,7 @@ def test_free_text_may_hold_forms(client: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "Describe Paris as <city>{...}</city>."}]
     for form in forms:
         answer = client.chat.completions.create(
-            model="demo", messages=messages, temperature=1, n=2, seed=5, max_tokens=70,
+            model="demo", messages=messages, temperature=1, n=4, seed=5, max_tokens=100,
             response_format={"type": "structural_tag", **form},  # pyright: ignore
         )  # fmt: skip
         finished = [c.message.content or "" for c in answer.choices if c.finish_reason == "stop"]
