@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from jaxserve.checkpoint import Checkpoint, open_checkpoint
+from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.tokenizer_files import load_tokenizer
 from jaxserve.gguf_checkpoint import PACKAGED, packaged_files
 from jaxserve.weights.reader import TensorFiles, read_into
@@ -22,6 +23,11 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
     return open_checkpoint("gemma3-270m")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    return load_tokenizer(checkpoint)
 
 
 def test_its_config_is_gemma_3s(checkpoint: Checkpoint) -> None:
@@ -70,11 +76,13 @@ def test_tensors_across_chunks_are_those_of_the_whole_file(checkpoint: Checkpoin
     ("text", "ids"),
     [
         ("Hello, world!", [2, 9259, 236764, 1902, 236888]),
-        ("a  b\n\n\n   c", []),
-        ("<start_of_turn>user\nnaïve 你好 🙂\x07", []),
+        ("a  b\n\n\n   c", [2, 236746, 138, 236763, 109, 139, 236755]),
+        (
+            "<start_of_turn>user\nnaïve 你好 🙂\x07",
+            [2, 105, 2364, 107, 1789, 238527, 560, 43758, 237389, 57235, 245],
+        ),
     ],
 )
-def test_its_tokenizer_is_gemmas(checkpoint: Checkpoint, text: str, ids: list[int]) -> None:
-    tokenizer = load_tokenizer(checkpoint)
+def test_its_tokenizer_is_gemmas(tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
     assert tokenizer.encode(text) == ids
     assert tokenizer.decode(ids[1:]) == text

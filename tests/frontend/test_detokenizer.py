@@ -108,7 +108,7 @@ def metaspace_tokenizer() -> Tokenizer:
     return Tokenizer(backend)
 
 
-# 1,000,000 were run when this was written; so many take about 6 minutes a tokenizer.
+# 1,000,000 were run when this was written; so many take 2 to 4 minutes a tokenizer.
 NUM_SEQUENCES = int(os.environ.get("JAXSERVE_DETOKENIZE_SEQUENCES", "6000"))
 
 
