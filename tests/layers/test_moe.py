@@ -64,7 +64,7 @@ def route_one(
         return chosen
     if spec.order == "topk_then_softmax":
         best = np.argsort(-logits)[:top_k]
-        return dict(zip(best.tolist(), spec.scale * softmax(logits[best]), strict=True))
+        return dict(zip(best.tolist(), (spec.scale * softmax(logits[best])).tolist(), strict=True))
     scores = softmax(logits) if spec.scoring == "softmax" else sigmoid(logits)
     choice = scores + correction
     size = len(logits) // spec.num_groups

@@ -104,7 +104,7 @@ def load(case: Case, folder: Path) -> Any:
         folder,
         config=parsed,
         dtype=torch.float32,
-        attn_implementation="eager",
+        attn_implementation=case.attention,
         output_loading_info=True,
         **options,
     )

@@ -252,7 +252,8 @@ CASES: dict[str, Case] = {
             rope_scaling={
                 "type": "longrope",
                 "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 2.5, 3.0],
-                "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0],
+                # As short_factor: transformers never takes the long ones; the authors' code does.
+                "long_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 2.5, 3.0],
                 "short_mscale": 1.1,
                 "long_mscale": 1.3,
                 "original_max_position_embeddings": 16,
@@ -414,5 +415,23 @@ CASES: dict[str, Case] = {
             use_routing_bias=True,
         ),
         rules=CORRECTION,
+    ),
+    "hunyuan_moe": case(
+        "HunYuanMoEV1ForCausalLM",
+        "hunyuan_v1_moe",
+        LLAMA,
+        head_dim=16,
+        intermediate_size=32,
+        num_experts=8,
+        moe_topk=[3, 3],
+        rope_scaling={
+            "type": "dynamic",
+            "alpha": 1000.0,
+            "factor": 1.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
     ),
 }
