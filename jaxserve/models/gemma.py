@@ -72,6 +72,8 @@ def spec_from_config(config: Config) -> DecoderSpec:
         config = text
     is_gemma3 = architecture.startswith("Gemma3")
     if is_gemma3:
+        if config.get("attn_logit_softcapping") is not None:
+            raise UnsupportedError("Gemma 3 caps no attention logits, attn_logit_softcapping is set")
         config = GEMMA3 | {name: value for name, value in config.items() if value is not None}
     refuse(config, use_bidirectional_attention=False)
     norm = NormSpec(eps=number(config, "rms_norm_eps", 1e-6), plus_one=True)
@@ -96,7 +98,7 @@ def spec_from_config(config: Config) -> DecoderSpec:
         attention = replace(
             attention,
             scale=scale,
-            soft_cap=_soft_cap(config, "attn_logit_softcapping", None if is_gemma3 else 50.0),
+            soft_cap=None if is_gemma3 else _soft_cap(config, "attn_logit_softcapping", 50.0),
             qk_norm=norm if is_gemma3 else None,
         )
         period = positive(config, "sliding_window_pattern", 6) if is_gemma3 else 2

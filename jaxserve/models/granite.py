@@ -74,7 +74,9 @@ def spec_from_config(config: Config) -> DecoderSpec:
                 windows(config, every(4, config, first=True)), ropes, strict=True
             )
         ]
-    post = architecture == "HyperCLOVAXForCausalLM" and flag(config, "use_post_norm", True)
+    is_hyperclovax = architecture == "HyperCLOVAXForCausalLM"
+    post = is_hyperclovax and flag(config, "use_post_norm", True)
+    logits_scaling = _nonzero(config, "logits_scaling")
     return decoder(
         config,
         tuple(LayerSpec(attention=attention, ffn=ffn) for attention in attentions),
@@ -82,7 +84,7 @@ def spec_from_config(config: Config) -> DecoderSpec:
         context=context,
         tied=architecture in ("GraniteSWAForCausalLM", "MiniCPMForCausalLM"),
         embedding_scale=number(config, "embedding_multiplier", 1.0),
-        logit_scale=1 / _nonzero(config, "logits_scaling"),
+        logit_scale=logits_scaling if is_hyperclovax else 1 / logits_scaling,
         block=BlockSpec(
             attention_out=post,
             ffn_out=post,
