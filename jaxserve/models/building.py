@@ -74,16 +74,24 @@ def in_a_row(sizes: Mapping[str, int], axis: int = -2) -> dict[str, Part]:
     return parts
 
 
+def heads_of(spec: DecoderSpec) -> HeadAttentionSpec:
+    """The attention of a model whose layers all have the same heads."""
+    attention = spec.layers[0].attention
+    if not isinstance(attention, HeadAttentionSpec):
+        raise TypeError(f"no attention with a key a head: {attention}")
+    return attention
+
+
 def qkv_in_a_row(spec: DecoderSpec, axis: int = -2) -> dict[str, Part]:
     """All queries, then all keys, then all values."""
-    a = spec.layers[0].attention
+    a = heads_of(spec)
     sizes = {"q": a.num_heads, "k": a.num_kv_heads, "v": a.num_kv_heads}
     return in_a_row({f"attention.{p}_proj": n * a.head_dim for p, n in sizes.items()}, axis)
 
 
 def qkv_by_head(spec: DecoderSpec) -> dict[str, Part]:
     """For each kv head its queries, its key and its value."""
-    a = spec.layers[0].attention
+    a = heads_of(spec)
     group = a.num_heads // a.num_kv_heads
     one = in_a_row(
         {
@@ -126,8 +134,10 @@ def biases(qkv: bool, output: bool) -> dict[str, bool]:
 def head_attention(config: Config, **options: Any) -> HeadAttentionSpec:
     """Attention of the config's heads, scaled by their width unless `options` say otherwise."""
     num_heads, num_kv_heads, head_dim = heads(config)
-    shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    return HeadAttentionSpec(**({"scale": head_dim**-0.5} | shape | options))
+    given: dict[str, Any] = {"scale": head_dim**-0.5} | options
+    return HeadAttentionSpec(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **given
+    )
 
 
 def alike(config: Config, attention: HeadAttentionSpec, ffn: FFNSpec) -> tuple[LayerSpec, ...]:

@@ -3,7 +3,7 @@
 from jaxserve.checkpoint import Part
 from jaxserve.errors import CheckpointError
 from jaxserve.models import gptj
-from jaxserve.models.building import packed, table
+from jaxserve.models.building import heads_of, packed, table
 from jaxserve.models.config_fields import Config
 from jaxserve.models.gpt2 import MASKS
 from jaxserve.models.names import WeightNames
@@ -16,7 +16,7 @@ SHARDS = 4  # the TPU cores that it was trained on: each has its queries, values
 def spec_from_config(config: Config) -> DecoderSpec:
     """Reads config.json of a CodeGen checkpoint; errors are GPT-J's."""
     spec = gptj.spec_from_config(config)
-    if spec.layers[0].attention.num_heads % SHARDS:
+    if heads_of(spec).num_heads % SHARDS:
         raise CheckpointError(f"CodeGen's number of heads is a multiple of {SHARDS}: check n_head")
     return spec
 

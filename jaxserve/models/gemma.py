@@ -73,7 +73,7 @@ def spec_from_config(config: Config) -> DecoderSpec:
     is_gemma3 = architecture.startswith("Gemma3")
     if is_gemma3:
         if config.get("attn_logit_softcapping") is not None:
-            raise UnsupportedError("Gemma 3 caps no attention logits, attn_logit_softcapping is set")
+            raise UnsupportedError("Gemma 3 caps no logits of attention: no attn_logit_softcapping")
         config = GEMMA3 | {name: value for name, value in config.items() if value is not None}
     refuse(config, use_bidirectional_attention=False)
     norm = NormSpec(eps=number(config, "rms_norm_eps", 1e-6), plus_one=True)

@@ -1,6 +1,6 @@
 """GPT-BigCode (StarCoder, SantaCoder) as data: GPT-2 whose heads may share keys and values."""
 
-from jaxserve.models.building import packed, qkv_by_head, qkv_in_a_row, table
+from jaxserve.models.building import heads_of, packed, qkv_by_head, qkv_in_a_row, table
 from jaxserve.models.config_fields import Config, flag
 from jaxserve.models.gpt2 import MASKS, MODULES, PREFIXES, TOP, gpt2_like
 from jaxserve.models.names import WeightNames
@@ -19,7 +19,7 @@ def spec_from_config(config: Config) -> DecoderSpec:
 
 def weight_names(spec: DecoderSpec) -> WeightNames:
     """Where a GPT-BigCode checkpoint keeps its weights, as [out, in]."""
-    shared = spec.layers[0].attention.num_kv_heads == 1
+    shared = heads_of(spec).num_kv_heads == 1
     parts = qkv_in_a_row(spec) if shared else qkv_by_head(spec)
     layer = table(MODULES) | packed("attn.c_attn", parts)
     return WeightNames(top=TOP, layer=layer, layers="h.{}.", prefixes=PREFIXES, ignored=MASKS)

@@ -1,6 +1,6 @@
 """A model run without an engine: several sequences in one batch, over scattered pages."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class Together:
         self.caches = self.model._empty()
         self.lengths = [0] * self.num_rows
 
-    def feed(self, tokens: dict[int, Sequence[int]]) -> dict[int, np.ndarray]:
+    def feed(self, tokens: Mapping[int, Sequence[int] | np.ndarray]) -> dict[int, np.ndarray]:
         """Feeds each sequence its next tokens; the logits [T, V] of each one's tokens."""
         order = sorted(
             tokens, key=lambda row: len(tokens[row]) != 1
@@ -53,8 +53,8 @@ class Together:
             ends.append(first + count)
         idle = self.num_rows - len(order)
 
-        def padded(values: list[int], length: int, fill: int = 0) -> jnp.ndarray:
-            return jnp.asarray([*values, *[fill] * (length - len(values))], jnp.int32)
+        def padded(values: list[int], length: int) -> jnp.ndarray:
+            return jnp.asarray([*values, *[0] * (length - len(values))], jnp.int32)
 
         def pages(window: int | None) -> PageMetadata:
             table = np.zeros_like(self.table)

@@ -192,6 +192,8 @@ def oracle(spec: AttentionSpec, batch: Batch) -> np.ndarray:
         if spec.soft_cap is not None:
             logits = spec.soft_cap * np.tanh(logits / spec.soft_cap)
         at = len(keys) - len(queries) + np.arange(len(queries))[:, None]
+        if spec.alibi is not None:
+            logits += np.asarray(spec.alibi)[:, None, None] * (np.arange(len(keys)) - at)
         seen = np.arange(len(keys)) <= at
         if spec.window is not None and spec.chunked:
             seen &= np.arange(len(keys)) // spec.window == at // spec.window

@@ -68,6 +68,17 @@ def test_ragged_batches_match_dense_attention(
     check(spec, batch)
 
 
+@pytest.mark.parametrize(("name", "window"), [("tiny", None), ("tiny-mha", 20)])
+def test_biases_by_distance_match_dense_attention(name: str, window: int | None) -> None:
+    spec = attention_case(name, page_size=16, window=window)
+    slopes = tuple(0.5 / (i + 1) for i in range(spec.num_heads))
+    spec = dataclasses.replace(spec, alibi=slopes)
+    rows = ragged(16)
+    total = sum(num_queries for num_queries, _ in rows)
+    batch = make_batch(spec, rows, num_decode_rows=4, num_tokens=total + 5, max_rows=16)
+    check(spec, batch)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_batches_match_dense_attention(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -32,6 +32,17 @@ def test_no_kernel_attends_within_chunks_yet() -> None:
     assert choose_backend("auto", chunked, chip=chip)[0].name == "xla"
 
 
+def test_no_kernel_knows_biases_by_distance() -> None:
+    spec = attention_case("llama-3.1-8b", dtype="bfloat16")
+    spec = dataclasses.replace(spec, alibi=(0.5,) * spec.num_heads)
+    for chip in (
+        Chip(platform="tpu", kind="TPU v6e"),
+        Chip(platform="gpu", kind="NVIDIA H100", compute_capability="9.0"),
+    ):
+        assert "ALiBi" in (why_not(chip.platform, spec, chip=chip) or "")
+        assert choose_backend("auto", spec, chip=chip)[0].name == "xla"
+
+
 def test_a_named_backend_that_refuses_is_an_error_with_its_reason() -> None:
     with pytest.raises(BackendRefused, match="'gpu': it needs a GPU, this is cpu"):
         choose_backend("gpu", attention_case("tiny"), chip=CPU)

@@ -1,0 +1,44 @@
+"""Models of very different kinds, served by an engine, give the tokens that transformers does."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxserve.request import Request
+from tests.engine.harness import answer, request, running
+from tests.golden.models.weights import write_checkpoint
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "models"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",  # windows beside full attention
+        "mixtral",  # experts
+        "deepseek_v3",  # latent attention, shared experts, dense layers first
+        "gpt2",  # learned positions
+    ],
+)
+def test_tokens_are_the_same_alone_batched_and_preempted(name: str, tmp_path: Path) -> None:
+    case = json.loads((GOLDEN / f"{name}.json").read_text())
+    write_checkpoint(case, tmp_path)
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+        prompt, others = arrays["tokens_1"].tolist(), arrays["tokens_2"].tolist()
+        want = arrays["greedy"].tolist()
+
+    def same(i: int) -> Request:
+        return request(f"same {i}", prompt, max_tokens=len(want), cache_salt=f"{i}")
+
+    # Six rows that grow to 6 blocks of 8 tokens, and one of 11, share 24 blocks.
+    with running(
+        tmp_path, num_gpu_blocks_override=25, max_num_batched_tokens=16, max_num_seqs=8
+    ) as engine:
+        alone, _ = answer(engine, [same(0)])
+        long = request("long", others, max_tokens=24)
+        together, stats = answer(engine, [long, *(same(i) for i in range(1, 7))])
+    assert alone["same 0", 0].token_ids == want
+    assert [together[f"same {i}", 0].token_ids for i in range(1, 7)] == [want] * 6
+    assert stats[-1].num_preemptions > 0
