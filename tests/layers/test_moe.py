@@ -72,11 +72,11 @@ def route_one(
     totals = [np.sort(g)[-(1 if spec.group_score == "max" else 2) :].sum() for g in groups]
     allowed = np.argsort(-np.array(totals))[: spec.top_groups]
     ranked = [e for e in np.argsort(-choice).tolist() if e // size in allowed]
-    weights = {e: scores[e] for e in ranked[:top_k]}
+    weights = {e: float(scores[e]) for e in ranked[:top_k]}
     if spec.normalize:
         total = max(sum(weights.values()) + spec.epsilon, spec.least_sum)
         weights = {e: w / total for e, w in weights.items()}
-    return {e: w * spec.scale for e, w in weights.items()}
+    return {e: float(w * spec.scale) for e, w in weights.items()}
 
 
 def random_moe(spec: MoESpec) -> MoE:
