@@ -26,6 +26,7 @@ from jaxserve.runner.batch import (
 )
 from jaxserve.runner.executables import CompileCounter, Job, compile_all
 from jaxserve.runner.model import split_model
+from jaxserve.runner.progress import loading_bar
 from jaxserve.runner.results import Launched, PromptScores, read
 from jaxserve.runner.row_state import (
     UPLOADED,
@@ -87,14 +88,16 @@ class Runner:
         )
         names = registry.weight_names(checkpoint.config, spec)
         start = time.perf_counter()
-        loaded = load_weights(
-            checkpoint,
-            self._model.sources(names, checkpoint.tensors),
-            dtype=s.dtype,
-            load_format=config.load_format,
-            seed=config.seed,
-            ignored=names.ignored,
-        )
+        with loading_bar(show=config.show_progress) as progress:
+            loaded = load_weights(
+                checkpoint,
+                self._model.sources(names, checkpoint.tensors),
+                dtype=s.dtype,
+                load_format=config.load_format,
+                seed=config.seed,
+                ignored=names.ignored,
+                progress=progress,
+            )
         self._weights: list[Array] = [loaded.pop(name) for name in self._model.names]
         jax.block_until_ready(self._weights)
         self.load_s = time.perf_counter() - start

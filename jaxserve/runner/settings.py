@@ -51,7 +51,7 @@ def resolve(
         raise ConfigError(
             f"max_model_len={config.max_model_len} is more than the model's "
             f"max_position_embeddings={spec.max_position_embeddings}. Use at most that, "
-            "or pass hf_overrides with a rope scaling and a larger max_position_embeddings"
+            "or stretch the context by rope_scaling (--rope-scaling)"
         )
     max_model_len = config.max_model_len or spec.max_position_embeddings
     max_num_seqs = config.max_num_seqs or device.max_num_seqs
