@@ -7,7 +7,7 @@
 #
 # It first compares logits with the CPU's and stops if they differ, then measures the ceilings of
 # the device, then the attention kernels (which check themselves first), then jaxserve, then
-# transformers, then quantized matmuls (checked first, too). No network is used and no weights are
+# transformers, then quantized matmuls (checked first, too), then loading. No network is used and no weights are
 # needed.
 #
 #   OUT=folder       where the JSON files go (default build/gpu)
@@ -106,4 +106,6 @@ for shape in "${shapes[@]}"; do
     --config "benchmarks/gpu/configs/$shape" --json "$OUT/transformers-$shape.json" "${smoke[@]}"
 done
 matmuls 150
+stage loading 60 "$PYTHON" -m benchmarks.loading --gib "$((${#smoke[@]} ? 1 : 4))" --repeats 1 \
+  --json "$OUT/loading.json"
 "$PYTHON" -m benchmarks.gpu.report "$OUT"
