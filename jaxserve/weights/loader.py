@@ -25,7 +25,7 @@ from jaxserve.checkpoint import Checkpoint, Part, TensorInfo, WeightSource
 from jaxserve.errors import CheckpointError, UnsupportedError
 from jaxserve.weights.dummy import dummy_weights
 from jaxserve.weights.orbax import StoredArrays
-from jaxserve.weights.reader import TensorFiles, read_into, readable_encodings
+from jaxserve.weights.reader import TensorFiles, copy_values, read_into, readable_encodings
 
 MAX_PROBLEMS = 8  # named in an error; the others are counted
 MAX_THREADS = 8
@@ -308,7 +308,7 @@ class _Maker:
         )
         begin = wanted.start - first * width
         trim = slice(begin, begin + wanted.stop - wanted.start)
-        out[...] = kept[(slice(None),) * axis + (trim,)]
+        copy_values(kept[(slice(None),) * axis + (trim,)], out)
 
 
 def fills_in_place(device: Any) -> bool:

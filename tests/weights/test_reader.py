@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxserve.checkpoint import TensorInfo
 from jaxserve.errors import CheckpointError
 from jaxserve.weights import reader
-from jaxserve.weights.reader import TensorFiles, read_into
+from jaxserve.weights.reader import TensorFiles, copy_values, read_into
 
 SHAPES = [(7,), (8, 64), (3, 8, 64), (2, 3, 4, 32), ()]
 
@@ -90,10 +90,28 @@ def test_a_slice_of_permuted_heads_is_that_slice_of_the_whole(
         assert np.array_equal(bias, whole[start:stop, 0])
 
 
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_copy_into_a_transposed_array_is_exact_and_stays_inside(
+    monkeypatch: pytest.MonkeyPatch, stored: np.typing.DTypeLike, dtype: np.typing.DTypeLike
+) -> None:
+    monkeypatch.setattr(reader, "_TURNED_ROWS", 16)
+    monkeypatch.setattr(reader, "_TILE_BYTES", 1 << 12)
+    for shape in ((1, 1), (16, 64), (50, 200), (33, 65), (7, 1000), (300, 3)):
+        values = np.random.default_rng(0).standard_normal(shape).astype(stored)
+        whole = np.zeros((shape[1] + 2, shape[0] + 2), dtype)
+        expected = whole.copy()
+        copy_values(values, whole[1:-1, 1:-1].T)
+        expected[1:-1, 1:-1] = values.T
+        assert np.array_equal(whole, expected), shape
+
+
 def test_values_that_overflow_the_dtype_are_refused(tmp_path: Path) -> None:
     info, _ = store(tmp_path, np.array([[1.0, 70000.0]], np.float32), "F32")
-    with TensorFiles() as files, pytest.raises(CheckpointError, match="--dtype bfloat16"):
-        read_into(files, info, (slice(0, 1), slice(0, 2)), np.empty((1, 2), np.float16))
+    with TensorFiles() as files:
+        for out in (np.empty((1, 2), np.float16), np.empty((2, 1), np.float16).T):
+            with pytest.raises(CheckpointError, match="--dtype bfloat16"):
+                read_into(files, info, (slice(0, 1), slice(0, 2)), out)
 
 
 def test_stored_infinities_are_kept(tmp_path: Path) -> None:
