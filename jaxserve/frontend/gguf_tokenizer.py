@@ -27,6 +27,8 @@ MAX_VOCAB_CHARS = 1 << 23  # of all pieces; a vocabulary of 262,144 has 2 millio
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _KINDS = (_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE)
 _SPACE = "\u2581"  # SentencePiece writes a space so
+# Files made from Gemma's chat models name <eos> and, for the most part, not the end of a turn.
+_TURN_END = "<end_of_turn>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
     pad, unk = vocab.token_id("padding"), vocab.token_id("unknown")
     _set_template(tokenizer, vocab, bos if add_bos else None, eos if add_eos else None)
     stops = dict.fromkeys(vocab.token_id(key) for key in ("eos", "eot", "eom"))
+    turn_end = vocab.ids.get(_TURN_END)
+    if turn_end is not None and vocab.kinds[turn_end] == _CONTROL:
+        stops[turn_end] = None
     template = metadata.get("tokenizer.chat_template")
     return TokenizerParts(
         tokenizer=tokenizer,

@@ -258,6 +258,15 @@ def test_an_end_token_is_added_when_the_file_says_so() -> None:
     assert parts.stop_token_ids == (2, 5)
 
 
+def test_a_turns_end_stops_an_answer_where_no_key_names_it() -> None:
+    metadata = sentencepiece()
+    metadata["tokenizer.ggml.tokens"][-1] = "<end_of_turn>"
+    last = len(metadata["tokenizer.ggml.tokens"]) - 1
+    assert tokenizer_from_gguf(metadata).stop_token_ids == (2,)  # text that looks like it
+    metadata["tokenizer.ggml.token_type"][-1] = 3
+    assert tokenizer_from_gguf(metadata).stop_token_ids == (2, last)
+
+
 def test_phi_3_swallows_the_space_after_a_turns_token() -> None:
     for architecture, rest in (("phi3", ["▁", "cd"]), ("llama", ["▁▁", "▁", "<0x0A>", "cd"])):
         metadata = sentencepiece() | {"general.architecture": architecture}
