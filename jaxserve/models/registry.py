@@ -107,7 +107,9 @@ def architecture(config: Config) -> str:
         raise CheckpointError("config.json names no architecture; 'architectures' is needed")
     if names[0] not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedError(f"architecture {names[0]!r} is not supported; these are: {known}")
+        raise UnsupportedError(
+            f"architecture {names[0][:100]!r} is not supported; these are: {known}"
+        )
     return names[0]
 
 
@@ -118,8 +120,9 @@ def spec_from_config(config: Config) -> DecoderSpec:
         CheckpointError: A field is missing, or of the wrong kind.
         UnsupportedError: It asks for something that is not implemented.
     """
+    family = FAMILIES[architecture(config)]
     try:
-        return FAMILIES[architecture(config)].spec_from_config(config)
+        return family.spec_from_config(config)
     except JaxserveError as error:
         text = str(error)
         if len(text) <= MAX_MESSAGE_CHARS:
