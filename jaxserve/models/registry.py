@@ -1,97 +1,22 @@
 """Which family serves which architecture."""
 
+import pkgutil
+from importlib import import_module
 from types import ModuleType
 
 from jaxserve.errors import CheckpointError, JaxserveError, UnsupportedError
-from jaxserve.models import (
-    apertus,
-    bloom,
-    chatglm,
-    codegen,
-    cohere,
-    deepseek,
-    ernie_moe,
-    exaone4,
-    falcon,
-    gemma,
-    glm,
-    glm4_moe,
-    gpt2,
-    gpt_bigcode,
-    gpt_neo,
-    gpt_neox,
-    gpt_oss,
-    gptj,
-    granite,
-    granite_moe,
-    hunyuan,
-    hunyuan_moe,
-    internlm2,
-    llama,
-    llama4,
-    llama_kin,
-    ministral3,
-    mixtral,
-    mpt,
-    nanochat,
-    olmo,
-    opt,
-    persimmon,
-    phi,
-    phi3,
-    qwen_moe,
-    stablelm,
-    starcoder2,
-    vaultgemma,
-)
+from jaxserve.models import families
 from jaxserve.models.config_fields import Config
 from jaxserve.models.names import WeightNames
 from jaxserve.models.spec import DecoderSpec
 
 MAX_MESSAGE_CHARS = 1000  # of a config's field
-_MODULES = (
-    apertus,
-    bloom,
-    chatglm,
-    codegen,
-    cohere,
-    deepseek,
-    ernie_moe,
-    exaone4,
-    falcon,
-    gemma,
-    glm,
-    glm4_moe,
-    gpt2,
-    gpt_bigcode,
-    gpt_neo,
-    gpt_neox,
-    gpt_oss,
-    gptj,
-    granite,
-    granite_moe,
-    hunyuan,
-    hunyuan_moe,
-    internlm2,
-    llama,
-    llama4,
-    llama_kin,
-    ministral3,
-    mixtral,
-    mpt,
-    nanochat,
-    olmo,
-    opt,
-    persimmon,
-    phi,
-    phi3,
-    qwen_moe,
-    stablelm,
-    starcoder2,
-    vaultgemma,
-)
+
 FAMILIES: dict[str, ModuleType] = {
-    architecture: module for module in _MODULES for architecture in module.ARCHITECTURES
+    architecture: module
+    for found in pkgutil.iter_modules(families.__path__)
+    for module in (import_module(f"{families.__name__}.{found.name}"),)
+    for architecture in module.ARCHITECTURES
 }
 
 

@@ -192,7 +192,7 @@ def _tq2_0(blocks: np.ndarray) -> np.ndarray:
 
 
 # Twice the values of a 4-bit float of 2 bits of exponent and 1 of mantissa (OCP MX, e2m1).
-_FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+TWICE_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 
 
 def _mxfp4(blocks: np.ndarray) -> np.ndarray:
@@ -200,7 +200,7 @@ def _mxfp4(blocks: np.ndarray) -> np.ndarray:
     exponent = blocks[:, :1].astype(np.uint32)
     # Half of the scale, for the table is doubled; the two smallest are subnormal numbers.
     bits = np.where(exponent < 2, 0x00200000 << exponent, (exponent - 1) << 23)
-    return _FP4[_nibbles(blocks[:, 1:])] * bits.astype(np.uint32).view(np.float32)
+    return TWICE_E2M1[_nibbles(blocks[:, 1:])] * bits.astype(np.uint32).view(np.float32)
 
 
 BLOCK_FORMATS: dict[str, BlockFormat] = {

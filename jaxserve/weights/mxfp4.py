@@ -6,15 +6,16 @@ low nibble, and a power of two, stored in another tensor as its exponent plus 12
 
 import numpy as np
 
+from jaxserve.weights.gguf import TWICE_E2M1
+
 ENCODING = "MXFP4_BLOCKS"
-_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = np.array([*_POSITIVE, *(-v for v in _POSITIVE)], np.float32)
 
 
 def decode_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Bytes [R, n, 16] and exponents [R, n] -> float32 [R, 32 n]."""
     values = np.empty((*blocks.shape[:-1], 32), np.float32)
-    values[..., 0::2] = _VALUES[blocks & 15]
-    values[..., 1::2] = _VALUES[blocks >> 4]
-    values = np.ldexp(values, scales.astype(np.int32)[..., None] - 127)
+    values[..., 0::2] = TWICE_E2M1[blocks & 15]
+    values[..., 1::2] = TWICE_E2M1[blocks >> 4]
+    # 128, not 127: the table holds twice the values.
+    values = np.ldexp(values, scales.astype(np.int32)[..., None] - 128)
     return values.reshape(len(blocks), -1)

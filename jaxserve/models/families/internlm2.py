@@ -2,7 +2,7 @@
 
 from jaxserve.models.building import packed, qkv_by_head, table, top_table
 from jaxserve.models.config_fields import Config, flag, refuse
-from jaxserve.models.llama import Kind, llama_like
+from jaxserve.models.kin import Kin
 from jaxserve.models.names import WeightNames
 from jaxserve.models.spec import DecoderSpec
 
@@ -22,7 +22,7 @@ def spec_from_config(config: Config) -> DecoderSpec:
     """Reads config.json of an InternLM 2 checkpoint; errors are Llama's."""
     bias = flag(config, "bias")
     refuse(config, attention_bias=False, mlp_bias=False)
-    return llama_like(config, Kind(qkv_bias=bias, output_bias=bias))
+    return Kin(qkv_bias=bias, output_bias=bias).decoder(config)
 
 
 def weight_names(spec: DecoderSpec) -> WeightNames:

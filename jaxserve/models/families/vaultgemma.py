@@ -1,8 +1,8 @@
 """VaultGemma as data: Gemma 2 without the norms after attention and feed-forward."""
 
-from jaxserve.models import gemma
 from jaxserve.models.building import LLAMA
 from jaxserve.models.config_fields import Config
+from jaxserve.models.families import gemma
 from jaxserve.models.names import WeightNames
 from jaxserve.models.spec import DecoderSpec
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 from jaxserve.layers.ffn import FFNSpec
 from jaxserve.layers.moe import MoESpec, RouterSpec
 from jaxserve.model_index import Part
-from jaxserve.models import llama
 from jaxserve.models.config_fields import Config, activation, number, positive
 from jaxserve.models.experts import with_experts
+from jaxserve.models.kin import NAMES, Kin
 from jaxserve.models.names import Stored, WeightNames, matrix
 from jaxserve.models.spec import BlockSpec, DecoderSpec
 
@@ -21,7 +21,7 @@ def spec_from_config(config: Config) -> DecoderSpec:
         CheckpointError: A needed field is missing or has the wrong type.
         UnsupportedError: The config asks for something that this family's code does not compute.
     """
-    spec = llama.llama_like(config, llama.Kind())
+    spec = Kin().decoder(config)
     scale = number(config, "attention_multiplier", 1.0)
     layers = tuple(
         replace(layer, attention=replace(layer.attention, scale=scale)) for layer in spec.layers
@@ -54,14 +54,14 @@ def spec_from_config(config: Config) -> DecoderSpec:
 def weight_names(spec: DecoderSpec) -> WeightNames:
     """Where such a checkpoint keeps its weights: gates and ups share a tensor."""
     moe = spec.layers[0].ffn
-    layer: dict[str, Stored] = {**llama.LAYER_WEIGHTS}
+    layer: dict[str, Stored] = {**NAMES.layer}
     if isinstance(moe, MoESpec):
         place = "block_sparse_moe"
         layer["ffn.router.weight"] = matrix(f"{place}.router.layer.weight")
         layer |= _fused("ffn.experts", place, moe.intermediate_size)
         if moe.shared is not None:
             layer |= _fused("ffn.shared", "shared_mlp", moe.shared.intermediate_size)
-    return WeightNames(top=llama.TOP_WEIGHTS, layer=layer)
+    return WeightNames(top=NAMES.top, layer=layer)
 
 
 def _fused(ours: str, theirs: str, size: int) -> dict[str, Stored]:

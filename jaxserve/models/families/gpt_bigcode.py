@@ -2,7 +2,7 @@
 
 from jaxserve.models.building import heads_of, packed, qkv_by_head, qkv_in_a_row, table
 from jaxserve.models.config_fields import Config, flag
-from jaxserve.models.gpt2 import MASKS, MODULES, PREFIXES, TOP, gpt2_like
+from jaxserve.models.families.gpt2 import MASKS, MODULES, PREFIXES, TOP, gpt2_like
 from jaxserve.models.names import WeightNames
 from jaxserve.models.spec import DecoderSpec
 

@@ -4,19 +4,19 @@ from dataclasses import replace
 
 from jaxserve.layers.ffn import FFNSpec
 from jaxserve.layers.moe import MoESpec, RouterSpec
-from jaxserve.models import llama
 from jaxserve.models.config_fields import Config, activation, flag, number, positive
 from jaxserve.models.experts import expert_names, shared_names, with_experts
+from jaxserve.models.kin import NAMES, Kin
 from jaxserve.models.names import WeightNames, matrix
 from jaxserve.models.spec import DecoderSpec
 
 ARCHITECTURES = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
 
-QWEN2 = llama.Kind(
+QWEN2 = Kin(
     qkv_bias=True, output_bias=False, window=True, needs_use_sliding_window=True, context=32768
 )
-QWEN3 = llama.Kind(qk_norm=True, window=True, needs_use_sliding_window=True, context=32768)
-OLMOE = llama.Kind(qk_norm=True, eps=1e-5, context=4096)
+QWEN3 = Kin(qk_norm=True, window=True, needs_use_sliding_window=True, context=32768)
+OLMOE = Kin(qk_norm=True, eps=1e-5, context=4096)
 
 
 def spec_from_config(config: Config) -> DecoderSpec:
@@ -31,7 +31,7 @@ def spec_from_config(config: Config) -> DecoderSpec:
         return _olmoe(config)
     if name == "Qwen2MoeForCausalLM":
         qkv_bias = flag(config, "qkv_bias", True)
-        spec = llama.llama_like(config, replace(QWEN2, qkv_bias=qkv_bias))
+        spec = replace(QWEN2, qkv_bias=qkv_bias).decoder(config)
         act = activation(config, "hidden_act", default="silu")
         shared = positive(config, "shared_expert_intermediate_size", 5632)
         moe = replace(
@@ -40,7 +40,7 @@ def spec_from_config(config: Config) -> DecoderSpec:
             shared_gate=True,
         )
     else:  # whose layers all slide, if any does
-        spec = llama.llama_like({**config, "max_window_layers": 0}, QWEN3)
+        spec = QWEN3.decoder({**config, "max_window_layers": 0})
         moe = _experts(config, "moe_intermediate_size")
     dense = set(config.get("mlp_only_layers") or ())
     step = positive(config, "decoder_sparse_step", 1)
@@ -61,7 +61,7 @@ def _experts(config: Config, size: str) -> MoESpec:
 
 def _olmoe(config: Config) -> DecoderSpec:
     clip = config.get("clip_qkv")
-    spec = llama.llama_like(config, OLMOE)
+    spec = OLMOE.decoder(config)
     layers = tuple(
         replace(
             layer,
@@ -79,9 +79,9 @@ def _olmoe(config: Config) -> DecoderSpec:
 def weight_names(spec: DecoderSpec) -> WeightNames:
     """Where such a checkpoint keeps its weights."""
     return WeightNames(
-        top=llama.TOP_WEIGHTS,
+        top=NAMES.top,
         layer={
-            **llama.LAYER_WEIGHTS,
+            **NAMES.layer,
             "ffn.router.weight": matrix("mlp.gate.weight"),
             "ffn.shared_gate.weight": matrix("mlp.shared_expert_gate.weight"),
             **expert_names("mlp"),

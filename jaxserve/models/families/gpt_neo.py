@@ -14,7 +14,7 @@ from jaxserve.models.building import (
     top_table,
 )
 from jaxserve.models.config_fields import Config, activation, number, positive
-from jaxserve.models.gpt2 import PREFIXES
+from jaxserve.models.families.gpt2 import PREFIXES
 from jaxserve.models.names import WeightNames
 from jaxserve.models.spec import DecoderSpec, LayerSpec
 

@@ -9,7 +9,6 @@ from jaxserve.layers.ffn import FFNSpec
 from jaxserve.layers.moe import MoESpec, RouterSpec
 from jaxserve.layers.norm import NormSpec
 from jaxserve.model_index import Part
-from jaxserve.models import llama
 from jaxserve.models.config_fields import (
     Config,
     activation,
@@ -21,6 +20,7 @@ from jaxserve.models.config_fields import (
     rope_from_config,
 )
 from jaxserve.models.experts import shared_names, with_experts
+from jaxserve.models.kin import NAMES
 from jaxserve.models.names import Stored, WeightNames, matrix, plain
 from jaxserve.models.spec import DecoderSpec, LayerSpec
 
@@ -123,7 +123,7 @@ def weight_names(spec: DecoderSpec) -> WeightNames:
     """Where such a checkpoint keeps its weights."""
     place = "feed_forward"
     layer: dict[str, Stored] = {
-        **llama.LAYER_WEIGHTS,
+        **NAMES.layer,
         **{
             f"ffn.{part}_proj.weight": matrix(f"{place}.{part}_proj.weight")
             for part in ("gate", "up", "down")
@@ -141,7 +141,7 @@ def weight_names(spec: DecoderSpec) -> WeightNames:
                 f"{place}.experts.gate_up_proj", columns
             )
     return WeightNames(
-        top={**llama.TOP_WEIGHTS, "head.weight": matrix("lm_head.weight")},
+        top={**NAMES.top, "head.weight": matrix("lm_head.weight")},
         layer=layer,
         prefixes=("language_model.", ""),
         ignored=(r"(vision_model|multi_modal_projector)\..*",),

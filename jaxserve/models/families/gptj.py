@@ -13,7 +13,7 @@ from jaxserve.models.building import (
     top_table,
 )
 from jaxserve.models.config_fields import Config, activation, heads, number, positive
-from jaxserve.models.gpt2 import MASKS, SIZES
+from jaxserve.models.families.gpt2 import MASKS, SIZES
 from jaxserve.models.names import WeightNames
 from jaxserve.models.spec import BlockSpec, DecoderSpec
 

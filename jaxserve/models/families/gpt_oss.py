@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from jaxserve.layers.moe import ClampedSwiGLU, MoESpec, RouterSpec
 from jaxserve.model_index import Part
-from jaxserve.models import llama
 from jaxserve.models.config_fields import Config, number, positive
 from jaxserve.models.experts import with_experts
+from jaxserve.models.kin import NAMES, Kin
 from jaxserve.models.names import Stored, WeightNames, matrix, plain
 from jaxserve.models.spec import DecoderSpec, LayerSpec
 
@@ -39,7 +39,7 @@ def spec_from_config(config: Config) -> DecoderSpec:
     num_layers = positive(given, "num_hidden_layers")
     kinds = ("sliding_attention", "full_attention")
     given.setdefault("layer_types", [kinds[i % 2] for i in range(num_layers)])
-    spec = llama.llama_like(given, llama.Kind(window=True, eps=1e-5, context=131072))
+    spec = Kin(window=True, eps=1e-5, context=131072).decoder(given)
     moe = MoESpec(
         num_experts=positive(given, "num_local_experts"),
         top_k=positive(given, "num_experts_per_tok", 4),
@@ -60,7 +60,7 @@ def _with_sinks(layer: LayerSpec) -> LayerSpec:
 def weight_names(spec: DecoderSpec) -> WeightNames:
     """Where such a checkpoint keeps its weights; MXFP4 experts bear the names of plain ones."""
     layer: dict[str, Stored] = {
-        **llama.LAYER_WEIGHTS,
+        **NAMES.layer,
         "attention.sinks": plain("self_attn.sinks"),
         "ffn.router.weight": matrix("mlp.router.weight"),
         "ffn.router.bias": plain("mlp.router.bias"),
@@ -74,4 +74,4 @@ def weight_names(spec: DecoderSpec) -> WeightNames:
         )
         layer[f"ffn.experts.{part}_proj.weight"] = plain("mlp.experts.gate_up_proj", columns)
         layer[f"ffn.experts.{part}_proj.bias"] = plain("mlp.experts.gate_up_proj_bias", columns)
-    return WeightNames(top=llama.TOP_WEIGHTS, layer=layer)
+    return WeightNames(top=NAMES.top, layer=layer)

@@ -5,9 +5,9 @@ from dataclasses import replace
 from jaxserve.errors import UnsupportedError
 from jaxserve.layers.ffn import FFNSpec
 from jaxserve.layers.moe import MoESpec, RouterSpec
-from jaxserve.models import llama
 from jaxserve.models.config_fields import Config, activation, number, positive, rope_parameters
 from jaxserve.models.experts import expert_names, shared_names, with_experts
+from jaxserve.models.kin import NAMES, Kin
 from jaxserve.models.names import WeightNames, matrix, plain
 from jaxserve.models.spec import DecoderSpec, LayerSpec
 
@@ -21,7 +21,7 @@ def spec_from_config(config: Config) -> DecoderSpec:
         CheckpointError: A needed field is missing or has the wrong type.
         UnsupportedError: The config asks for something that this family's code does not compute.
     """
-    spec = llama.llama_like(config, llama.Kind(qk_norm=True, eps=1e-5))
+    spec = Kin(qk_norm=True, eps=1e-5).decoder(config)
     spec = replace(spec, layers=tuple(_layer(config, layer) for layer in spec.layers))
     size = positive(config, "intermediate_size")
     act = activation(config, "hidden_act", default="silu")
@@ -61,9 +61,9 @@ def _in_all_layers(config: Config, *names: str) -> int:
 def weight_names(spec: DecoderSpec) -> WeightNames:
     """Where such a checkpoint keeps its weights."""
     return WeightNames(
-        top=llama.TOP_WEIGHTS,
+        top=NAMES.top,
         layer={
-            **llama.LAYER_WEIGHTS,
+            **NAMES.layer,
             "attention.q_norm.weight": plain("self_attn.query_layernorm.weight"),
             "attention.k_norm.weight": plain("self_attn.key_layernorm.weight"),
             "ffn.router.weight": matrix("mlp.gate.wg.weight"),

@@ -1,6 +1,5 @@
 """ChatGLM 2, 3 and GLM-4 as data, as their authors store them."""
 
-from jaxserve.models import glm
 from jaxserve.models.building import (
     gate_then_up,
     packed,
@@ -9,6 +8,7 @@ from jaxserve.models.building import (
     table,
 )
 from jaxserve.models.config_fields import Config, flag, number, positive, refuse
+from jaxserve.models.families import glm
 from jaxserve.models.names import WeightNames, matrix, plain
 from jaxserve.models.spec import DecoderSpec
 

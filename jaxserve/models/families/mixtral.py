@@ -6,7 +6,6 @@ from jaxserve.errors import UnsupportedError
 from jaxserve.layers.moe import MoESpec, RouterSpec
 from jaxserve.layers.norm import NormSpec
 from jaxserve.layers.rope import RopeSpec
-from jaxserve.models import llama
 from jaxserve.models.config_fields import (
     Config,
     activation,
@@ -17,6 +16,7 @@ from jaxserve.models.config_fields import (
     rope_parameters,
 )
 from jaxserve.models.experts import expert_names, later_layers, with_experts
+from jaxserve.models.kin import NAMES, Kin
 from jaxserve.models.names import WeightNames, matrix, plain
 from jaxserve.models.spec import DecoderSpec, LayerSpec
 
@@ -28,14 +28,12 @@ ARCHITECTURES = (
 )
 
 KINDS = {
-    "MixtralForCausalLM": llama.Kind(
+    "MixtralForCausalLM": Kin(
         qkv_bias=False, output_bias=False, window=True, eps=1e-5, context=4096 * 32
     ),
-    "PhimoeForCausalLM": llama.Kind(window=True, eps=1e-5, context=4096 * 32),
-    "PhiMoEForCausalLM": llama.Kind(window=True, eps=1e-5, context=4096 * 32),
-    "MiniMaxM2ForCausalLM": llama.Kind(
-        qkv_bias=False, output_bias=False, qk_norm=True, context=196608
-    ),
+    "PhimoeForCausalLM": Kin(window=True, eps=1e-5, context=4096 * 32),
+    "PhiMoEForCausalLM": Kin(window=True, eps=1e-5, context=4096 * 32),
+    "MiniMaxM2ForCausalLM": Kin(qkv_bias=False, output_bias=False, qk_norm=True, context=196608),
 }
 
 
@@ -50,7 +48,7 @@ def spec_from_config(config: Config) -> DecoderSpec:
     if name == "MiniMaxM2ForCausalLM":
         return _minimax_m2(config)
     config = {"rope_theta": 1e6, **config}
-    spec = llama.llama_like(config, KINDS[name])
+    spec = KINDS[name].decoder(config)
     if name == "MixtralForCausalLM":
         return with_experts(spec, _experts(config, RouterSpec(normalize=True)))
     router = RouterSpec(scoring="sparsemixer", jitter=number(config, "router_jitter_noise", 0.01))
@@ -95,7 +93,7 @@ def _minimax_m2(config: Config) -> DecoderSpec:
     head_dim = positive(config, "head_dim", 128)
     share = positive(config, "rotary_dim", head_dim) / head_dim
     config = {"rope_theta": 5e6, "head_dim": head_dim, "partial_rotary_factor": share, **config}
-    spec = llama.llama_like(config, KINDS["MiniMaxM2ForCausalLM"])
+    spec = KINDS["MiniMaxM2ForCausalLM"].decoder(config)
     layers = tuple(
         replace(layer, attention=replace(layer.attention, qk_norm_over="all"))
         for layer in spec.layers
@@ -110,12 +108,12 @@ def weight_names(spec: DecoderSpec) -> WeightNames:
     norms = ("input_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")
     return WeightNames(
         top={
-            **llama.TOP_WEIGHTS,
+            **NAMES.top,
             "norm.bias": plain("model.norm.bias"),
             "head.bias": plain("lm_head.bias", prefixed=False),
         },
         layer={
-            **llama.LAYER_WEIGHTS,
+            **NAMES.layer,
             **{f"{ours}.bias": plain(f"{theirs}.bias") for ours, theirs in norms},
             "ffn.router.weight": matrix(f"{place}.gate.weight"),
             "ffn.router.correction": plain(f"{place}.e_score_correction_bias"),

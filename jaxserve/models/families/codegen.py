@@ -2,10 +2,10 @@
 
 from jaxserve.checkpoint import Part
 from jaxserve.errors import CheckpointError
-from jaxserve.models import gptj
 from jaxserve.models.building import heads_of, packed, table
 from jaxserve.models.config_fields import Config
-from jaxserve.models.gpt2 import MASKS
+from jaxserve.models.families import gptj
+from jaxserve.models.families.gpt2 import MASKS
 from jaxserve.models.names import WeightNames
 from jaxserve.models.spec import DecoderSpec
 

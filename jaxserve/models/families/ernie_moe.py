@@ -5,9 +5,9 @@ from dataclasses import replace
 from jaxserve.layers.ffn import FFNSpec
 from jaxserve.layers.moe import MoESpec, RouterSpec
 from jaxserve.layers.rope import RopeSpec
-from jaxserve.models import llama
 from jaxserve.models.config_fields import Config, activation, flag, number, positive
 from jaxserve.models.experts import expert_names, later_layers, shared_names, with_experts
+from jaxserve.models.kin import NAMES, Kin
 from jaxserve.models.names import WeightNames, matrix, plain
 from jaxserve.models.spec import DecoderSpec, LayerSpec
 
@@ -23,8 +23,8 @@ def spec_from_config(config: Config) -> DecoderSpec:
     """
     bias = flag(config, "use_bias")
     config = {"rope_theta": 500000.0, **config, "mlp_bias": bias}
-    kind = llama.Kind(qkv_bias=bias, output_bias=bias, eps=1e-5, context=131072, tied=True)
-    spec = llama.llama_like(config, kind)
+    kind = Kin(qkv_bias=bias, output_bias=bias, eps=1e-5, context=131072, tied=True)
+    spec = kind.decoder(config)
     spec = replace(spec, layers=tuple(_interleaved(layer) for layer in spec.layers))
     size = positive(config, "moe_intermediate_size", 1536)
     act = activation(config, "hidden_act", default="silu")
@@ -57,9 +57,9 @@ def _interleaved(layer: LayerSpec) -> LayerSpec:
 def weight_names(spec: DecoderSpec) -> WeightNames:
     """Where such a checkpoint keeps its weights."""
     return WeightNames(
-        top=llama.TOP_WEIGHTS,
+        top=NAMES.top,
         layer={
-            **llama.LAYER_WEIGHTS,
+            **NAMES.layer,
             "ffn.router.weight": matrix("mlp.gate.weight"),
             "ffn.router.correction": plain("mlp.moe_statics.e_score_correction_bias"),
             **expert_names("mlp"),

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from jaxserve.errors import CheckpointError
 from jaxserve.layers.attention import HeadAttentionSpec
-from jaxserve.models.building import LLAMA, LLAMA_TOP, decoder, every, table, windows
+from jaxserve.models.building import every, windows
 from jaxserve.models.config_fields import Config, flag, positive, refuse
-from jaxserve.models.kin import Kin
+from jaxserve.models.kin import NAMES, Kin
 from jaxserve.models.names import WeightNames
-from jaxserve.models.spec import DecoderSpec, LayerSpec
+from jaxserve.models.spec import DecoderSpec
 
 KINS = {
     "AquilaForCausalLM": Kin(),
@@ -105,23 +105,14 @@ def spec_from_config(config: Config) -> DecoderSpec:
         config.get("rope_parameters") or config.get("rope_scaling")
     ):
         config = {**config, "rope_parameters": CWM_ROPE}
-    attention = kin.attention(config)
-    ffn = kin.ffn(config)
-    attentions = [attention] * positive(config, "num_hidden_layers")
     if architecture == "CwmForCausalLM":
+        attention = kin.attention(config)
         seen = windows(config, every(4, config, first=True))
-        attentions = [replace(attention, window=window) for window in seen]
-    elif architecture == "SmolLM3ForCausalLM":
-        attentions = _smollm3(config, attention)
-    else:
-        refuse(config, use_sliding_window=False)
-    return decoder(
-        config,
-        tuple(LayerSpec(attention=each, ffn=ffn) for each in attentions),
-        kin.norm_spec(config),
-        context=kin.max_positions(config),
-        tied=kin.tied,
-    )
+        return kin.decoder(config, [replace(attention, window=window) for window in seen])
+    if architecture == "SmolLM3ForCausalLM":
+        return kin.decoder(config, _smollm3(config, kin.attention(config)))
+    refuse(config, use_sliding_window=False)
+    return kin.decoder(config)
 
 
 def _smollm3(config: Config, attention: HeadAttentionSpec) -> list[HeadAttentionSpec]:
@@ -145,4 +136,4 @@ def _smollm3(config: Config, attention: HeadAttentionSpec) -> list[HeadAttention
 
 def weight_names(spec: DecoderSpec) -> WeightNames:
     """Where these checkpoints keep their weights: as Llama does."""
-    return WeightNames(top=LLAMA_TOP, layer=table(LLAMA))
+    return NAMES

@@ -7,7 +7,6 @@ from jaxserve.layers.moe import RouterSpec
 from jaxserve.layers.norm import NormSpec
 from jaxserve.layers.rope import yarn_mscale
 from jaxserve.model_index import Part
-from jaxserve.models import llama
 from jaxserve.models.config_fields import (
     Config,
     activation,
@@ -24,6 +23,7 @@ from jaxserve.models.experts import (
     later_layers,
     with_experts,
 )
+from jaxserve.models.kin import NAMES
 from jaxserve.models.names import Stored, WeightNames, matrix, plain
 from jaxserve.models.spec import DecoderSpec, LayerSpec
 
@@ -110,11 +110,11 @@ def _v2_router(config: Config) -> RouterSpec:
 
 def weight_names(spec: DecoderSpec) -> WeightNames:
     """Where such a checkpoint keeps its weights."""
-    layer: dict[str, Stored] = {**llama.LAYER_WEIGHTS, **DEEPSEEK_EXPERTS}
+    layer: dict[str, Stored] = {**NAMES.layer, **DEEPSEEK_EXPERTS}
     attention = spec.layers[0].attention
     if isinstance(attention, LatentAttentionSpec):
         layer |= latent_names(attention)
-    return WeightNames(top=llama.TOP_WEIGHTS, layer=layer, ignored=later_layers(spec))
+    return WeightNames(top=NAMES.top, layer=layer, ignored=later_layers(spec))
 
 
 def latent_names(attention: LatentAttentionSpec) -> dict[str, Stored]:

@@ -1,0 +1,1 @@
+"""A file a family, as data: which architectures, config.json to spec, names of weights."""
