@@ -15,7 +15,7 @@ from jaxserve import bucket, hub
 from jaxserve.config import EngineConfig
 from jaxserve.converted import INDEX, part_name, read_index
 from jaxserve.errors import CheckpointError
-from jaxserve.gguf_checkpoint import (
+from jaxserve.gguf.checkpoint import (
     PACKAGED,
     gguf_template,
     only_gguf,

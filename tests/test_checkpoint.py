@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 
 from jaxserve.checkpoint import TensorInfo, demo_path, open_checkpoint
 from jaxserve.errors import CheckpointError, UnsupportedError
-from jaxserve.gguf_checkpoint import PACKAGED
+from jaxserve.gguf.checkpoint import PACKAGED
 from tests.weights.files import (
     ARRAY,
     F32,

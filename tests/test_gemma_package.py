@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 from jaxserve.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.tokenizer_files import load_tokenizer
-from jaxserve.gguf_checkpoint import PACKAGED, packaged_files
+from jaxserve.gguf.checkpoint import PACKAGED, packaged_files
 from jaxserve.weights.reader import TensorFiles, read_into
 from tests.models.alone import ModelAlone
 from tests.perplexity import GOLDEN as PERPLEXITY

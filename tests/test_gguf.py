@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jaxserve.checkpoint import open_checkpoint
 from jaxserve.errors import CheckpointError, UnsupportedError
 from jaxserve.frontend.gguf_tokenizer import tokenizer_from_gguf
-from jaxserve.gguf import ENCODINGS, read_gguf
+from jaxserve.gguf.header import ENCODINGS, read_gguf
 from tests.weights.files import (
     ARRAY,
     BOOL,

@@ -8,7 +8,7 @@ import pytest
 
 from jaxserve.checkpoint import open_checkpoint
 from jaxserve.errors import CheckpointError
-from jaxserve.gguf_config import FAMILIES
+from jaxserve.gguf.families import FAMILIES
 from jaxserve.model_index import TensorInfo
 from jaxserve.weights.reader import TensorFiles, read_into
 from tests.weights.gguf_models import CASES, MODEL_ARCH_NAMES, weights, write

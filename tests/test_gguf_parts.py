@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 
 from jaxserve.checkpoint import open_checkpoint
 from jaxserve.errors import CheckpointError, JaxserveError
-from jaxserve.gguf_checkpoint import PACKAGED
+from jaxserve.gguf.checkpoint import PACKAGED
 from jaxserve.weights.reader import TensorFiles, read_into
 from tests.weights.files import (
     I32,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.checkpoint import demo_path, open_checkpoint
-from jaxserve.gguf import ENCODINGS
+from jaxserve.gguf.header import ENCODINGS
 from jaxserve.weights.gguf import BLOCK_FORMATS, dequantize, unpermute_rows
 from jaxserve.weights.reader import TensorFiles, read_into
 

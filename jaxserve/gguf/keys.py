@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from jaxserve.errors import CheckpointError, UnsupportedError
-from jaxserve.gguf import GGUFHeader
+from jaxserve.gguf.header import GGUFHeader
 
 MAX_LAYERS = 1 << 16  # of a per-layer list; more blocks than any file's tensors
 

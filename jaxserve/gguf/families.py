@@ -1,25 +1,18 @@
-"""What a GGUF header means in Hugging Face terms: config.json and generation config.
+"""The architectures of GGUF files, as data: constants of a config.json, and what follows from keys.
 
-An architecture is data (`FAMILIES`): constants, keys, and what is computed of them. GGUF pitfalls
-handled here: a missing output tensor means tied embeddings; epsilons are float32 roundings; Llama
-3's and Phi-3's rope scaling are tensors of factors; patterns of layers (windows, layers without
-rope) and some scales are in no file, but follow from the architecture.
+Patterns of layers (windows, layers without rope) and some scales are in no file, but follow from
+the architecture.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from jaxserve.errors import CheckpointError, UnsupportedError
-from jaxserve.gguf import GGUFHeader
-from jaxserve.gguf_keys import GGUFKeys, rounded
-from jaxserve.gguf_rope import rope_scaling
+from jaxserve.gguf.header import GGUFHeader
+from jaxserve.gguf.keys import GGUFKeys, rounded
 
 type Config = dict[str, Any]
-type Factors = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +24,7 @@ class Family:
     eps: str = "rms_norm_eps"  # what the norm's epsilon is called
     layer_norm: bool = False  # the epsilon is a LayerNorm's
     partial_rope: bool = False  # only a part of each head may be rotated
+    latent: bool = False  # MLA: heads of k and v may differ, rotated columns are apart
     finish: Callable[[GGUFKeys, Config], Mapping[str, Any]] | None = None  # what is computed
 
 
@@ -410,7 +404,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek2": Family(
         architecture="DeepseekV2ForCausalLM",
         config={"model_type": "deepseek_v2", **_SILU},
-        partial_rope=True,
+        latent=True,
         finish=_deepseek2,
     ),
     "gpt-oss": Family(
@@ -418,15 +412,6 @@ FAMILIES: Mapping[str, Family] = {
         config={"model_type": "gpt_oss", "swiglu_limit": 7.0, **_SILU},
         finish=_gpt_oss,
     ),
-}
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # others: no dtype of their own
-
-# generation_config.json name -> GGUF key
-_SAMPLING = {
-    "temperature": "general.sampling.temp",
-    "top_k": "general.sampling.top_k",
-    "top_p": "general.sampling.top_p",
-    "min_p": "general.sampling.min_p",
 }
 
 
@@ -443,113 +428,3 @@ def gguf_family(header: GGUFHeader) -> Family:
             f"{', '.join(FAMILIES)}. Use the model's Hugging Face folder instead"
         )
     return FAMILIES[name]
-
-
-def hf_config(header: GGUFHeader, factors: Factors) -> Config:
-    """The config.json that this GGUF file's model has in Hugging Face form.
-
-    Args:
-        header: The file's header, of a supported architecture.
-        factors: Contents of the tensors of rope factors that the file has, by their names.
-    """
-    family, keys, tensors = gguf_family(header), GGUFKeys(header), header.tensors
-    embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{header.path} has no matrix token_embd.weight; use another file")
-    heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
-    # Without key_length a head is a share of the model's width: granite's table has no other.
-    head_dim = keys.integer("attention.key_length", default=max(1, hidden // heads))
-    if family.architecture != "DeepseekV2ForCausalLM":
-        _check_heads(keys, head_dim)
-    theta = keys.number("rope.freq_base", default=10000.0)
-    eps = "attention.layer_norm_epsilon" if family.layer_norm else None
-    config: Config = {
-        "architectures": [family.architecture],
-        **family.config,
-        "hidden_size": hidden,
-        "intermediate_size": keys.integer("feed_forward_length"),
-        "num_hidden_layers": keys.integer("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys.integer("attention.head_count_kv", default=heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": keys.integer("context_length"),
-        family.eps: keys.number(eps or "attention.layer_norm_rms_epsilon"),
-        "rope_theta": theta,
-        "vocab_size": embedding.shape[0],
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": any(f"blk.0.attn_{p}.bias" in tensors for p in ("q", "qkv")),
-        "mlp_bias": "blk.0.ffn_down.bias" in tensors,
-        "torch_dtype": _FLOATS.get(_main_encoding(header)),
-        "num_experts_in_file": keys.integer("expert_count", default=0, least=0),
-    }
-    rotated = keys.integer("rope.dimension_count", default=head_dim)
-    if rotated != head_dim:
-        if not family.partial_rope:
-            raise UnsupportedError(
-                f"{header.path}: only a part of each head is rotated, which is not supported "
-                f"for the GGUF architecture {keys.arch!r}; use the model's Hugging Face folder"
-            )
-        config["partial_rotary_factor"] = _share(rotated, head_dim)
-    config["rope_scaling"] = rope_scaling(keys, factors, theta=theta, rotated=rotated)
-    if keys.get("attention.sliding_window"):  # 0 says that there is none
-        config["sliding_window"] = keys.integer("attention.sliding_window")
-    if family.finish is not None:
-        config |= family.finish(keys, config)
-    del config["num_experts_in_file"]
-    if keys.arch == "deepseek2":
-        config.pop("partial_rotary_factor", None)  # rotated columns are apart from the others
-    return config | _token_ids(header, config["vocab_size"])
-
-
-def _check_heads(keys: GGUFKeys, head_dim: int) -> None:
-    if keys.integer("attention.value_length", default=head_dim) != head_dim:
-        raise UnsupportedError(
-            f"{keys.header.path}: heads of k and v differ in size; use another model"
-        )
-
-
-def _share(rotated: int, head_dim: int) -> float:
-    """A factor f for which int(head_dim * f) is `rotated`, as readers compute it."""
-    share = rotated / head_dim
-    return share if int(head_dim * share) == rotated else math.nextafter(share, math.inf)
-
-
-def _main_encoding(header: GGUFHeader) -> str:
-    """The encoding of most matrices' bytes."""
-    sizes: dict[str, int] = {}
-    for tensor in header.tensors.values():
-        if len(tensor.shape) > 1:
-            sizes[tensor.encoding] = sizes.get(tensor.encoding, 0) + tensor.nbytes
-    return max(sizes, key=sizes.__getitem__, default="")
-
-
-def hf_generation_config(header: GGUFHeader, vocab_size: int) -> Config:
-    """The generation_config.json of this file: end tokens and recommended sampling."""
-    config = _token_ids(header, vocab_size)
-    ends = [config["eos_token_id"]] if "eos_token_id" in config else []
-    for key in ("eot", "eom"):  # end of turn, end of message: a chat's answer ends there too
-        token = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if type(token) is int and 0 <= token < vocab_size and token not in ends:
-            ends.append(token)
-    if len(ends) > 1:
-        config["eos_token_id"] = ends
-    for name, key in _SAMPLING.items():
-        value = header.metadata.get(key)
-        if type(value) in (int, float) and math.isfinite(value):  # type: ignore[arg-type]
-            config[name] = value if isinstance(value, int) else rounded(value)  # type: ignore[arg-type]
-    return config
-
-
-def _token_ids(header: GGUFHeader, vocab_size: int) -> Config:
-    ids = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        value = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if value is None:
-            continue
-        if type(value) is not int or not 0 <= value < vocab_size:
-            raise CheckpointError(
-                f"{header.path}: tokenizer.ggml.{key}_token_id is {str(value)[:80]!r}, the "
-                f"vocabulary has {vocab_size} tokens; convert the model again"
-            )
-        ids[f"{name}_token_id"] = value
-    return ids

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.errors import CheckpointError
-from jaxserve.gguf import GGUFTensor
-from jaxserve.gguf_architectures import Entry, Join, Names, names_of
-from jaxserve.gguf_rope import ROPE_FACTORS
+from jaxserve.gguf.header import GGUFTensor
+from jaxserve.gguf.names import Entry, Join, Names, names_of
+from jaxserve.gguf.rope import ROPE_FACTORS
 from jaxserve.model_index import Part, Piece, TensorInfo
 
 MAX_TENSORS = 1 << 18  # that a checkpoint's tensors may become; DeepSeek-V3's are 46,000
