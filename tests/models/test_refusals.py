@@ -23,7 +23,7 @@ def config(name: str, **changes: Any) -> dict[str, Any]:
         ("gemma", {"use_bidirectional_attention": True}),
         ("gemma3", {"attn_logit_softcapping": 50.0}),
         ("gpt2", {"add_cross_attention": True}),
-        ("gpt2", {"activation_function": "tanh"}),
+        ("gpt2", {"activation_function": "mish"}),
         ("bloom", {"apply_residual_connection_post_layernorm": True}),
         ("mpt", {"no_bias": False}),
         ("mpt", {"logit_scale": "inv_sqrt_d_model"}),
