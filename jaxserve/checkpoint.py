@@ -27,6 +27,7 @@ from jaxserve.gguf.checkpoint import (
 from jaxserve.model_index import Checkpoint, Part, TensorInfo, TokenizerSource
 from jaxserve.overrides import overridden, with_rope
 from jaxserve.safetensors import read_safetensors
+from jaxserve.scaled_tensors import with_scales
 
 MAX_JSON_BYTES = 32 << 20  # of an index.json; everything else is smaller
 MAX_JSON_ITEMS = 2_000_000  # lists, objects and commas: what a text can cost as Python objects
@@ -206,18 +207,19 @@ def _open_folder(path: Path, load_format: str, weights_url: str | None) -> Check
         raise CheckpointError(
             f"{folder} has no config.json; pass a Hugging Face model folder or a .gguf file"
         )
+    config = _read_json(config_path)
     tensors: Mapping[str, TensorInfo] = {}
     if load_format in ("auto", "orbax") and (folder / INDEX).is_file():
         tensors = _converted_tensors(
             folder, weights_url or f"file://{quote(str(folder.absolute()))}"
         )
     elif load_format != "dummy":
-        tensors = _folder_tensors(folder)
+        tensors = with_scales(config, _folder_tensors(folder))
     generation = folder / "generation_config.json"
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     return Checkpoint(
         name=folder.resolve().name,
-        config=_read_json(config_path),
+        config=config,
         generation_config=_read_json(generation) if generation.is_file() else {},
         tensors=tensors,
         tokenizer=TokenizerSource(folder=folder) if has_tokenizer else None,
@@ -267,31 +269,6 @@ def _folder_tensors(folder: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"{folder}: the index places {absent[0]!r} in {weight_map[absent[0]]}, which does not "
             f"hold it ({len(absent)} such tensors); download the folder again"
-        )
-    return _with_mxfp4_joined(tensors)
-
-
-def _with_mxfp4_joined(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Pairs X_blocks [E, out, n, 16] and X_scales [E, out, n] as one tensor X [E, 32 n, out].
-
-    That is how checkpoints that are not quantized keep X, and so what families' names expect.
-    """
-    for name in [name for name in tensors if name.endswith("_blocks")]:
-        joined = name.removesuffix("_blocks")
-        blocks, scales = tensors[name], tensors.get(f"{joined}_scales")
-        if scales is None or (blocks.encoding, scales.encoding) != ("U8", "U8"):
-            continue
-        if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, 16) or joined in tensors:
-            continue
-        experts, rows, count, _ = blocks.shape
-        del tensors[name], tensors[scales.name]
-        tensors[joined] = replace(
-            blocks,
-            name=joined,
-            shape=(experts, 32 * count, rows),
-            transposed=True,
-            encoding="MXFP4_BLOCKS",
-            scales=scales,
         )
     return tensors
 

@@ -42,7 +42,8 @@ class TensorInfo:
     shift: float = 0.0  # to be added to the stored values
     tail: tuple[Path, ...] = ()  # files in which the bytes go on where `file` ends
     pieces: tuple["Piece", ...] = ()  # what it is joined of, instead of bytes of its own
-    scales: "TensorInfo | None" = None  # MXFP4_BLOCKS: where the blocks' exponents lie
+    scales: "TensorInfo | None" = None  # where the scales of its values lie
+    scale_block: tuple[int, int] = (1, 1)  # rows and columns that share a scale; not of MXFP4
     stored_name: str = ""  # in the file
     array: str | None = None  # URL of the Orbax checkpoint that has it, instead of bytes of `file`
 

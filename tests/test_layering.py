@@ -20,11 +20,14 @@ CORRIDOR = {
     "model_index": "errors",
     "gguf": "errors model_index",
     "safetensors": "errors",
+    "scaled_tensors": "errors model_index",
     "hub": "errors",
     "converted": "errors safetensors",
     "bucket": "errors safetensors converted",
     "overrides": "errors",
-    "checkpoint": ("errors config gguf model_index safetensors hub converted bucket overrides"),
+    "checkpoint": (
+        "errors config gguf model_index safetensors scaled_tensors hub converted bucket overrides"
+    ),
     "request": "errors structured_outputs sampling_params",
     "outputs": "errors structured_outputs sampling_params request",
     "kv_group": "",

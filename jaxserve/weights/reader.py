@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxserve.checkpoint import TensorInfo
 from jaxserve.errors import CheckpointError
-from jaxserve.weights import mxfp4
+from jaxserve.weights import mxfp4, scaled
 from jaxserve.weights.gguf import BLOCK_FORMATS, dequantize, unpermute_rows
 from jaxserve.weights.safetensors import PLAIN
 
@@ -28,7 +28,7 @@ _LINE = 64  # bytes of a cache line
 
 def readable_encodings() -> tuple[str, ...]:
     """The encodings that can be turned into floating-point weights."""
-    return (*PLAIN, *BLOCK_FORMATS, mxfp4.ENCODING)
+    return (*PLAIN, *BLOCK_FORMATS, mxfp4.ENCODING, *scaled.VALUES)
 
 
 class TensorFiles:
@@ -203,6 +203,8 @@ def _read_matrix(
     values, block_bytes = _block(info.encoding)
     row_bytes = shape[1] // values * block_bytes
     changed = info.permute_heads is not None or info.shift
+    is_scaled = info.encoding in scaled.VALUES
+    scales = _read_scales(files, info, first_row // shape[0], shape) if is_scaled else None
     as_stored = PLAIN.get(info.encoding) == out.dtype and not changed
     if as_stored and (left, right) == (0, shape[1]) and out.flags.c_contiguous:
         files.read(info, (first_row + top) * row_bytes, out)
@@ -214,7 +216,12 @@ def _read_matrix(
         files.read(info, (first_row + start) * row_bytes, raw)
         first, last = left // values, -(-right // values)  # only the blocks that are asked for
         raw = raw[:, first * block_bytes : last * block_bytes]
-        rows = _decode(raw, info.encoding)[:, left - first * values : right - first * values]
+        if scales is None:
+            rows = _decode(raw, info.encoding)[:, left - first * values : right - first * values]
+        else:
+            rows = scaled.decode(
+                raw, info.encoding, scales, first=(start, left), block=info.scale_block
+            )
         if info.permute_heads:
             rows = unpermute_rows(rows, head_dim)
         if info.shift:
@@ -223,8 +230,22 @@ def _read_matrix(
         store_values(rows[begin - start : end - start], out[begin - top : end - top], info)
 
 
+def _read_scales(
+    files: TensorFiles, info: TensorInfo, number: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """The scales [blocks down, blocks across] of one matrix of a tensor, float32."""
+    if info.scales is None:
+        raise ValueError(f"{info} has no scales")
+    counts = [-(-size // block) for size, block in zip(shape, info.scale_block, strict=True)]
+    found = np.empty(counts, scaled.SCALE_TYPES[info.scales.encoding])
+    files.read(info.scales, number * found.nbytes, found)
+    return found.astype(np.float32)
+
+
 def _block(encoding: str) -> tuple[int, int]:
     """Values and bytes of one block; a plain number is a block of one."""
+    if encoding in scaled.VALUES:
+        return 1, 1
     if encoding in PLAIN:
         return 1, PLAIN[encoding].itemsize
     return BLOCK_FORMATS[encoding].values, BLOCK_FORMATS[encoding].nbytes
