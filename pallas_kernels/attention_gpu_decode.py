@@ -18,11 +18,11 @@ holds H * N / 128 accumulators of O^T, 8 at H = 128. The softmax is online (Flas
 2205.14135), with logits in base 2; splitting KV for decode is Flash-Decoding's idea, pages are
 PagedAttention's (arXiv 2309.06180).
 
-An 8-bit cache is converted in shared memory, block by block: float8_e4m3fn to float16, which holds
-it exactly at one instruction a pair of values, int8 to the queries' type.
+An 8-bit cache is converted in shared memory, block by block: float8 to float16, which holds it
+exactly at one instruction a pair of values, int8 to the queries' type.
 
-Limits: bfloat16, float16, float8_e4m3fn and int8 caches; head_dim a multiple of 16 (8-bit: of 32)
-from 64 to 256; page sizes that are multiples of 8.
+Limits: bfloat16, float16, float8_e4m3fn, float8_e5m2 and int8 caches; head_dim a multiple of 16
+(8-bit: of 32) from 64 to 256; page sizes that are multiples of 8.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ from pallas_kernels.types import AttentionSpec, PageMetadata
 
 _LOG2E = math.log2(math.e)
 _NEVER = -1e30  # the logit of what is not seen, and the maximum of nothing: finite, so no inf - inf
-_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "int8")
+_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 _WGMMA_ROWS = 64
 _SMEM_BYTES = 232_448  # what a thread block may have; 1 KiB more of an SM's 228 KiB goes with each
 _SMEM_RESERVED = 1024
@@ -219,7 +219,7 @@ def _shape_of(spec: AttentionSpec, block_kv: int, q_dtype: jax.typing.DTypeLike)
     stored = jnp.dtype(kv.dtype)
     dtype = stored
     if stored.itemsize == 1:
-        dtype = jnp.dtype(jnp.float16 if stored.name == "float8_e4m3fn" else q_dtype)
+        dtype = jnp.dtype(q_dtype if stored.name == "int8" else jnp.float16)
     # Registers: an accumulator of 256 rows and 32 columns, or half the rows and twice as many.
     most = (64 if kv.head_dim <= 128 else 32) * stored.itemsize // 2
     num_parts = -(-spec.group // most)

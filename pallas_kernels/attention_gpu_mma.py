@@ -8,6 +8,9 @@ streams the pages of that share through shared memory in stages, and keeps a run
 merged afterwards (Flash-Decoding). Pages are found through the page table and read where they lie
 (PagedAttention, arXiv 2309.06180); the cache is never copied.
 
+Pages of 8 bits are widened to float16 block by block, from their stage to a block of shared memory
+that the products read, which frees the stage at once (`gpu_widen`).
+
 Copies are `cp.async` before Hopper, and TMA with barriers from Hopper on, to which Blackwell
 belongs; the rest is the same text. What Pallas' interpreter runs (`backend.interpret`) is the text
 for TMA with two changes, as it knows neither: `mma` is a dot of jnp, and the renaming of registers
@@ -30,12 +33,13 @@ from jax import Array, lax
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.chips import Chip
+from pallas_kernels.gpu_widen import DTYPES, as_operand, operand_dtype, widen_block, widens
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 _LOG2E = math.log2(math.e)
 _NEVER = -1e30  # the logit of what is not seen; finite: no NaN comes of it
 _LEAST = -1e29  # where the largest logit starts: so far above _NEVER that exp2 gives zero
-_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+_DTYPES = ("bfloat16", "float16", *DTYPES)
 _SMALL_SMEM = (86, 87, 89, 120, 121)  # architectures with 100 KiB of shared memory a multiprocessor
 _FEW_TOKENS = 64  # batches up to this size are one call, of small tiles
 _LEAST_STEPS = 4  # of a share: a smaller one costs more to merge than it saves
@@ -69,15 +73,16 @@ def why_not_mma(spec: AttentionSpec, *, chip: Chip) -> str | None:
         return f"{chip} has no bfloat16 mma and no cp.async: they came with Ampere (sm_80)"
     if kv.kind != "heads":
         return f"there is no mma.sync kernel for a {kv.kind} cache"
-    if jnp.dtype(kv.dtype) not in _DTYPES:
-        return f"the cache is {jnp.dtype(kv.dtype)}; mma.sync attention takes bfloat16 and float16"
+    if (dtype := jnp.dtype(kv.dtype).name) not in _DTYPES:
+        return f"the cache is {dtype}; mma.sync attention takes {', '.join(_DTYPES)}"
     if kv.head_dim % 16 or not 32 <= kv.head_dim <= 256:
         return f"head_dim={kv.head_dim} is not a multiple of 16 from 32 to 256"
     if kv.page_size not in (8, 16) and kv.page_size % 32:
         return f"page_size={kv.page_size} is not 8, 16 or a multiple of 32"
     if kv.page_size % 32 == 0 and kv.page_size % 64 and kv.page_size != 32:
         return f"page_size={kv.page_size} is not 8, 16, 32 or a multiple of 64"
-    tiles_a_page = kv.page_size // 8 * (2 * kv.head_dim // _swizzled_columns(kv.head_dim))
+    columns = _swizzled_columns(kv.head_dim, kv.dtype)
+    tiles_a_page = kv.page_size // 8 * (2 * kv.head_dim // columns)
     if chip.sm < 90 and tiles_a_page % 4:  # a cp.async copy is parted among four warps
         return f"page_size={kv.page_size} is too small for head_dim={kv.head_dim} on {chip}"
     if spec.group > 64:
@@ -97,8 +102,9 @@ def tiles(spec: AttentionSpec, chip: Chip) -> tuple[Tile, Tile]:
     many = max(few, 64 if head_dim <= 128 else 32)
     room = (48 if chip.sm in _SMALL_SMEM else 80) * 1024
     num_stages = 2
-    bytes_a_token = 2 * head_dim * jnp.dtype(spec.kv.dtype).itemsize
-    block_kv = 64 if num_stages * 64 * bytes_a_token <= room else 32
+    bytes_a_value = num_stages * jnp.dtype(spec.kv.dtype).itemsize
+    bytes_a_value += operand_dtype(spec.kv.dtype).itemsize if widens(spec.kv.dtype) else 0
+    block_kv = 64 if 64 * 2 * head_dim * bytes_a_value <= room else 32
     return (
         Tile(rows=few, block_kv=block_kv, num_stages=num_stages, part_masks=False),
         Tile(rows=many, block_kv=block_kv, num_stages=num_stages, part_masks=True),
@@ -163,14 +169,14 @@ def attend_mma(
 ) -> Array:
     """Attention of every token to its row's tokens up to itself: [T, N, H]. Padding gets zeros.
 
-    Logits and the softmax are float32, weights are rounded to the cache's dtype (bfloat16 or
-    float16), and so is q. `why_not_mma` tells the limits. A batch of few tokens is one call; a
+    Logits and the softmax are float32, weights are rounded to the cache's dtype (to float16 if that
+    has 8 bits), and so is q. `why_not_mma` tells the limits. A batch of few tokens is one call; a
     larger one is two, of small tiles for the decode rows and of large ones for the others.
     """
     num_tokens, num_rows = q.shape[0], pages.kv_lens.shape[0]
     first_page = jnp.asarray(layer, jnp.int32) * pages.num_pages
     heads = (spec.kv.num_kv_heads, spec.group)
-    grouped = q.astype(spec.kv.dtype).reshape(num_tokens, *heads, -1)  # [T, K, G, H]
+    grouped = as_operand(q, spec.kv.dtype).reshape(num_tokens, *heads, -1)  # [T, K, G, H]
     row = jnp.arange(num_rows, dtype=jnp.int32)
 
     def run(in_rows: Array, num_tokens: int, tile: Tile) -> tuple[Array, Array]:
@@ -276,12 +282,17 @@ def _launch(
     piece = min(spec.kv.page_size, tile.block_kv)
     flat = kv_pages.reshape(-1, piece, 2 * num_kv_heads * head_dim)  # a view; cp.async is 2D
     scratch = {
-        "kv_smem": _swizzled((tile.num_stages, tile.block_kv, 2 * head_dim), dtype, head_dim),
+        "kv_smem": _swizzled(
+            (tile.num_stages, tile.block_kv, 2 * head_dim), kv_pages.dtype, head_dim
+        ),
+        "wide_smem": _swizzled((tile.block_kv, 2 * head_dim), dtype, head_dim),
         "p_smem": _swizzled((tile.block_kv // tile.columns, rows, tile.columns), dtype),
         "barrier": plgpu.Barrier(num_arrivals=tile.block_kv // piece, num_barriers=tile.num_stages),
     }
     if tile.m_warps == 4:
         del scratch["p_smem"]
+    if not widens(kv_pages.dtype):
+        del scratch["wide_smem"]
     if backend.chip.sm is not None and backend.chip.sm < 90 and not backend.interpret:
         del scratch["barrier"]
     shape = (num_tiles, num_kv_heads, num_shares, rows)
@@ -304,16 +315,22 @@ def _launch(
     )(queries, flat, items, page_table)
 
 
-def _swizzled_columns(columns: int) -> int:
-    """The widest of the swizzles of 16-bit values, in columns, that parts `columns`."""
-    return next(size for size in (64, 32, 16) if columns % size == 0)
+def _swizzled_columns(columns: int, dtype: Any) -> int:
+    """Columns of the pieces to swizzle rows of keys and values in, of `columns` columns each.
+
+    Of 16 bits the widest swizzle that parts a key from its value. Of 8 bits, which nothing but the
+    conversion reads, as many, so that there are enough to part among warps; but the least swizzle
+    has 32, which divide a key and its value together.
+    """
+    size = next(size for size in (64, 32, 16) if columns % size == 0)
+    return max(size, 32 // jnp.dtype(dtype).itemsize)
 
 
 def _swizzled(shape: Sequence[int], dtype: Any, columns: int | None = None) -> Any:
-    """Shared memory whose rows are swizzled in the largest pieces that part `columns`."""
-    size = _swizzled_columns(columns or shape[-1])
+    """Shared memory whose rows are swizzled in the pieces that `_swizzled_columns` says."""
+    size = _swizzled_columns(columns or shape[-1], dtype)
     tiling = plgpu.TilingTransform((8, size))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(2 * size)  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(jnp.dtype(dtype).itemsize * size)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(tuple(shape), dtype, transforms=(tiling, swizzle))
 
 
@@ -407,6 +424,7 @@ def _kernel(
     lse_ref: Any,  # [W, K, S, M]
     *,
     kv_smem: Any,  # [stages, block_kv, 2H]: a token's key and value
+    wide_smem: Any = None,  # [block_kv, 2H]: a block widened, where the cache has 8 bits
     p_smem: Any = None,  # [parts, M, columns]: weights, where warps part the columns
     barrier: Any = None,  # [stages], where copies are TMA's
     spec: AttentionSpec,
@@ -416,6 +434,7 @@ def _kernel(
     """One tile's queries against one share of their context, for one kv head."""
     head_dim, window, block_kv = spec.kv.head_dim, spec.window, tile.block_kv
     columns, num_stages = tile.columns, jnp.int32(tile.num_stages)
+    ahead = tile.num_stages - 1 if wide_smem is None else tile.num_stages  # blocks under way
     fragments = _Fragments(q_ref.dtype, tile, interpret)
     acc, spread, iota = fragments.acc, fragments.spread, fragments.iota
 
@@ -453,7 +472,7 @@ def _kernel(
             plgpu.barrier_wait(barrier.at[lax.rem(block - first_block, num_stages)])
             plgpu.commit_smem()  # what was read comes before what TMA will write in its place
         else:  # which is a barrier of the threads, too: each waits for its own copies only
-            _wait_for_cp_async(end_block - block, tile, block_kv // kv_ref.shape[1])
+            _wait_for_cp_async(end_block - block, ahead - 1, block_kv // kv_ref.shape[1])
 
     q = fragments.load(q_ref.at[item, head], fragments.lhs)  # [M, H]
     at = position + lax.div(iota((tile.rows, columns), 0, acc), jnp.int32(spec.group))  # of queries
@@ -489,8 +508,15 @@ def _kernel(
     def step(block: Array, carry: tuple[Array, Array, Array], masked: bool):
         out, top, total = carry
         wait(block)
-        start(block + (num_stages - 1))
         kv = kv_smem.at[lax.rem(block - first_block, num_stages)]
+        if wide_smem is not None:
+            widen_block(kv, wide_smem, interpret=interpret)
+            if barrier is None:
+                fragments.sync()
+            else:
+                plgpu.commit_smem()  # TMA will write where this was read
+            kv = wide_smem
+        start(block + ahead)
         parts = range(0, block_kv, columns)  # few registers hold keys or values at a time
         first = [block * block_kv + part for part in parts]
         keys = [kv.at[pl.ds(part, columns), pl.ds(0, head_dim)] for part in parts]
@@ -506,7 +532,7 @@ def _kernel(
             out = fragments.dot(out, weights, values(ref, at_first, masked))
         return out, new_top, total
 
-    for stage in range(tile.num_stages - 1):
+    for stage in range(ahead):
         start(first_block + stage)
     bounds = [(first_block, end_block, True)]
     if tile.part_masks:
@@ -556,13 +582,12 @@ def _start_copies(
         )
 
 
-def _wait_for_cp_async(num_left: Array, tile: Tile, num_copies: int) -> None:
+def _wait_for_cp_async(num_left: Array, later: int, num_copies: int) -> None:
     """Wait for the oldest block of the `num_left` that the share has left.
 
-    Later blocks stay under way, as many as were asked for. The count is a constant of the
+    The `later` blocks that were asked for stay under way. The count is a constant of the
     instruction, so that near the end, where fewer are, all are waited for.
     """
-    later = tile.num_stages - 2
     if later == 0:
         plgpu.wait_gmem_to_smem(0)
         return

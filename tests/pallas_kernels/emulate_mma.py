@@ -62,6 +62,17 @@ CASES: dict[str, tuple[AttentionSpec, list[tuple[int, int]], int, int, int]] = {
     "decode-cap": (_spec(4, 2, 64, 16, soft_cap=5.0), _DECODE, 4, 8, 8),
     "decode-256": (_spec(2, 1, 256, 16), _DECODE, 4, 8, 8),
     "decode-group-64": (_spec(64, 1, 64, 32), _DECODE, 4, 8, 8),
+    "decode-fp8": (
+        _spec(8, 2, 128, 16, dtype=jnp.float8_e4m3fn, window=70, sinks=True),
+        _DECODE,
+        4,
+        8,
+        8,
+    ),
+    "decode-e5m2": (_spec(4, 1, 256, 16, dtype=jnp.float8_e5m2), _DECODE, 4, 8, 8),
+    "decode-int8": (_spec(2, 2, 80, 32, dtype=jnp.int8), _DECODE, 4, 8, 8),
+    "prefill-fp8": (_spec(8, 2, 64, 32, dtype=jnp.float8_e4m3fn), _PREFILL, 2, 96, 8),
+    "prefill-int8": (_spec(4, 1, 128, 16, dtype=jnp.int8, soft_cap=8.0), _PREFILL, 2, 96, 8),
     "prefill-128": (_spec(8, 2, 128, 16), _PREFILL, 2, 96, 8),
     "prefill-96-window": (
         _spec(6, 2, 96, 128, window=33, dtype=jnp.float16, sinks=True),

@@ -68,14 +68,11 @@ class Kernel:
         body = body[: body.rindex("}")]
         for statement in re.split(r";|(?<=:)\n", re.sub(r"\.loc[^\n]*\n|\.file[^\n]*\n", "", body)):
             text = " ".join(statement.split())
-            while label := re.match(r"(\$?\w+):\s*", text):
-                labels[label[1]] = len(instructions)
+            while label := re.match(r"(\$?\w+):\s*|[{}]\s*", text):  # or a brace of inline PTX
+                if label[1]:
+                    labels[label[1]] = len(instructions)
                 text = text[label.end() :]
-            if (
-                not text
-                or text.startswith((".reg", ".shared", ".section", ".pragma"))
-                or text == "}"
-            ):
+            if not text or text.startswith((".reg", ".shared", ".section", ".pragma")):
                 continue
             guard = re.match(r"@(!?)(%\w+)\s+", text)
             rest = text[guard.end() :] if guard else text
@@ -154,6 +151,11 @@ class _Block:
                 return bits.astype(f"u{dtype.itemsize}").view(dtype)
             return bits.view(dtype)
         return np.full(self.num_threads, self.constant(operand, dtype))
+
+    def read_pairs(self, operand: str, dtype: np.dtype) -> np.ndarray:
+        """Two values of 16 bits in an operand of every thread: [threads, 2]."""
+        words = np.ascontiguousarray(self.read(operand, np.dtype(np.uint32)))
+        return words.view(dtype).reshape(-1, 2)
 
     def constant(self, operand: str, dtype: np.dtype) -> Any:
         """An immediate or a symbol's address."""
@@ -346,16 +348,26 @@ def _elementwise(function: Callable[..., np.ndarray], kind: int = -1) -> Handler
     """An instruction whose result is a function of its operands, all of type opcode[kind]."""
 
     def handler(block: _Block, step: _Instruction, active: np.ndarray) -> None:
-        dtype = _type(step.opcode[kind])
-        values = [block.read(each, dtype) for each in step.operands[1:]]
-        result = np.asarray(function(*values))
-        block.write(step.operands[0], result.astype(dtype, copy=False), active)
+        pairs = step.opcode[kind].endswith("x2")
+        dtype = _type(step.opcode[kind].removesuffix("x2"))
+        read = block.read_pairs if pairs else block.read
+        values = [read(each, dtype) for each in step.operands[1:]]
+        result = np.asarray(function(*values)).astype(dtype, copy=False)
+        block.write(step.operands[0], _packed(result) if pairs else result, active)
 
     return handler
 
 
+def _packed(pairs: np.ndarray) -> np.ndarray:
+    """Two values of 16 bits a thread, [threads, 2], as one register each."""
+    return np.ascontiguousarray(pairs).view(np.uint32)[:, 0]
+
+
 def _wide_or_low(block: _Block, step: _Instruction, active: np.ndarray) -> None:
     """mul and mad: of floats, or of integers to twice the width or to its low or high half."""
+    if step.opcode[-1].endswith("x2"):
+        _elementwise(np.multiply)(block, step, active)
+        return
     dtype = _type(step.opcode[-1])
     dtype_out = dtype
     if step.opcode[1] in ("wide", "hi"):
@@ -370,10 +382,8 @@ def _wide_or_low(block: _Block, step: _Instruction, active: np.ndarray) -> None:
     block.write(step.operands[0], result, active)
 
 
-def _fma(block: _Block, step: _Instruction, active: np.ndarray) -> None:
-    dtype = _type(step.opcode[-1])
-    a, b, c = (block.read(each, dtype).astype(np.float64) for each in step.operands[1:])
-    block.write(step.operands[0], (a * b + c).astype(dtype), active)
+def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    return a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
 
 
 def _shift(block: _Block, step: _Instruction, active: np.ndarray) -> None:
@@ -453,7 +463,7 @@ def _cvt(block: _Block, step: _Instruction, active: np.ndarray) -> None:
         dtype = _FLOATS[to[:-2]]
         high, low = (block.read(each, np.dtype(np.float32)) for each in step.operands[1:])
         pair = np.stack([low.astype(dtype), high.astype(dtype)], axis=1)
-        block.write(step.operands[0], pair.view(np.uint32)[:, 0], active)
+        block.write(step.operands[0], _packed(pair), active)
         return
     value = block.read(step.operands[1], _type(source))
     block.write(step.operands[0], value.astype(_type(to)), active)
@@ -601,7 +611,7 @@ _HANDLERS: dict[str, Handler] = {
     "cvta": _cvta,
     "div": _elementwise(np.divide),
     "ex2": _elementwise(np.exp2),
-    "fma": _fma,
+    "fma": _elementwise(_fma),
     "ld": _load,
     "ldmatrix": _ldmatrix,
     "lg2": _elementwise(np.log2),

@@ -165,9 +165,10 @@ def test_shares_of_any_size_give_the_same(num_workers: int) -> None:
         make_spec(71, 1, 64, 32),
         make_spec(66, 1, 128, 32),
         make_spec(8, 2, 64, 32, jnp.float8_e4m3fn, sinks=True),
+        make_spec(4, 1, 64, 16, jnp.float8_e5m2),
         make_spec(4, 1, 128, 16, jnp.int8),
     ],
-    ids=["128", "80", "96", "256", "f16", "group-71", "two-parts", "f8", "int8"],
+    ids=["128", "80", "96", "256", "f16", "group-71", "two-parts", "e4m3", "e5m2", "int8"],
 )
 def test_head_dims_groups_and_types(spec: AttentionSpec) -> None:
     batch = make_rows(spec, [100, 1, 150])

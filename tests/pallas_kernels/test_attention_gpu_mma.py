@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 5e-3  # weights and the output are bfloat16: 2 ** -9 each, measured 0.002
 B200 = Chip(platform="gpu", kind="NVIDIA B200", compute_capability="10.0")
 A100 = Chip(platform="gpu", kind="NVIDIA A100-SXM4-40GB", compute_capability="8.0")
+L4 = Chip(platform="gpu", kind="NVIDIA L4", compute_capability="8.9")
 T4 = Chip(platform="gpu", kind="Tesla T4", compute_capability="7.5")
 MIXED = [(1, 5), (1, 90), (0, 7), (30, 100), (40, 40), (1, 65)]
 
@@ -83,6 +84,22 @@ def test_a_window_a_cap_and_sinks_are_counted_in() -> None:
     check(spec, make_batch(spec, rows, num_decode_rows=2, num_tokens=8, max_rows=4))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "chip"),
+    [
+        (jnp.float8_e4m3fn, B200),
+        pytest.param(jnp.float8_e4m3fn, A100, marks=pytest.mark.slow),
+        pytest.param(jnp.float8_e5m2, B200, marks=pytest.mark.slow),
+        (jnp.int8, B200),
+    ],
+    ids=lambda value: getattr(value, "__name__", getattr(value, "kind", None)),
+)
+def test_a_cache_of_8_bits(dtype: jax.typing.DTypeLike, chip: Chip) -> None:
+    spec = layer_of(4, 2, 64, 16, dtype=dtype, window=70, soft_cap=5.0, sinks=True)
+    rows = [(1, 1), (1, 16), (1, 150), (3, 70)]
+    check(spec, make_batch(spec, rows, num_decode_rows=3, num_tokens=8, max_rows=4), chip)
+
+
 def test_prefill_rows_beside_decode_rows_are_two_calls() -> None:
     spec = layer_of(8, 1, 64, 16)
     check(spec, make_batch(spec, MIXED, num_decode_rows=2, num_tokens=96, max_rows=8))
@@ -115,6 +132,9 @@ def test_a_long_context_is_cut_into_shares(monkeypatch: pytest.MonkeyPatch) -> N
         (layer_of(20, 1, 64, 64), A100),
         (layer_of(8, 1, 128, 8, soft_cap=30.0, window=70), A100),
         (layer_of(3, 1, 32, 16, sinks=True), B200),
+        (layer_of(4, 1, 128, 16, dtype=jnp.float8_e4m3fn), A100),
+        (layer_of(2, 1, 80, 32, dtype=jnp.int8), A100),
+        (layer_of(2, 1, 256, 8, dtype=jnp.float8_e4m3fn, window=33), L4),
     ],
     ids=lambda value: getattr(value, "kind", None),
 )
@@ -198,12 +218,20 @@ def test_tiles_hold_every_token_of_the_rows_once(seed: int, tile_tokens: int) ->
     ("spec", "chip", "says"),
     [
         (attention_case("llama-3.1-8b", dtype="bfloat16"), T4, "Ampere"),
-        (attention_case("llama-3.1-8b", dtype="float8_e4m3fn"), A100, "float8_e4m3fn"),
+        (attention_case("llama-3.1-8b", dtype="float32"), A100, "float32"),
+        (attention_case("llama-3.1-8b", dtype="float8_e4m3fnuz"), A100, "float8_e4m3fnuz"),
+        *(
+            (attention_case("llama-3.1-8b", dtype=dtype), chip, None)
+            for dtype in ("float8_e4m3fn", "float8_e5m2", "int8")
+            for chip in (A100, B200)
+        ),
         (attention_case("deepseek-v3", dtype="bfloat16"), B200, "latent"),
         (attention_case("tiny", dtype="bfloat16"), A100, "head_dim=8"),
         (attention_case("llama-3.1-8b", dtype="bfloat16", page_size=24), A100, "page_size=24"),
         (attention_case("stablelm-3b", dtype="bfloat16", page_size=8), A100, "page_size=8"),
         (attention_case("stablelm-3b", dtype="bfloat16", page_size=8), B200, None),
+        (attention_case("stablelm-3b", dtype="int8", page_size=16), A100, "page_size=16"),
+        (attention_case("stablelm-3b", dtype="int8", page_size=32), A100, None),
         (attention_case("llama-3.1-8b", dtype="bfloat16", page_size=128), A100, None),
         (attention_case("gpt-oss-20b/window", dtype="float16"), B200, None),
     ],
@@ -247,6 +275,11 @@ def emulate(tmp_path: Path, *arguments: str) -> dict[str, Any]:
         "decode-long",
         "decode-256-window",
         "decode-group-64",
+        "decode-fp8",
+        "decode-e5m2",
+        "decode-int8",
+        "prefill-fp8",
+        "prefill-int8",
         "prefill-128",
         "prefill-96-window",
         "prefill-256-cap",
