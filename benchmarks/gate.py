@@ -101,6 +101,7 @@ def gates() -> list[Gate]:
     quick = [
         *_attention("llama-3.1-8b", "v5e v5p tpu7x h100 b200 a100", label=" mixed", **_MIXED),
         *_attention("llama-3.1-8b", "v6e", label=" fp8 decode", **_DECODE, **_FP8),
+        *_attention("llama-3.1-8b", "h100 l4", label=" fp8 mixed", **_MIXED, **_FP8),
         *_attention("llama-3.2-1b", "v6e l4", label=" mixed", **_MIXED),
         *_attention("gpt-oss-20b/window", "v5e h100", label=" mixed", **_MIXED),
         *_attention("deepseek-v3/tp8", "v6e h100", label=" decode", **_DECODE),
