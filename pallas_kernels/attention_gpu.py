@@ -20,6 +20,7 @@ from pallas_kernels.attention_gpu_mma import attend_mma, why_not_mma
 from pallas_kernels.attention_gpu_prefill import attend_prefill, why_not_prefill
 from pallas_kernels.backend import Backend, BackendRefused
 from pallas_kernels.chips import Chip
+from pallas_kernels.gpu_widen import as_operand, hopper_operand_dtype
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 _HOPPER = 90
@@ -61,11 +62,18 @@ def attend_gpu(
         raise BackendRefused(f"attention backend 'gpu' refused: {reason}")
     if backend.chip.sm != _HOPPER:
         return attend_mma(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
-    out = attend_decode(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
     if why_not_prefill(spec) is None:
-        return attend_prefill(
-            q, out, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks
+        # Once for both, so that they hand on results of one type: XLA has the conversions beside
+        # the scales of the cache.
+        operand = as_operand(q, hopper_operand_dtype(spec.kv.dtype, q.dtype))
+        out = attend_decode(
+            operand, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks
         )
+        out = attend_prefill(
+            operand, out, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks
+        )
+        return out.astype(q.dtype)
+    out = attend_decode(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
     others = _without_decode_rows(pages)
     rest = attend_mma(q, kv_pages, others, layer, spec=spec, backend=backend, sinks=sinks)
     is_decode = jnp.arange(q.shape[0]) < pages.num_decode_rows

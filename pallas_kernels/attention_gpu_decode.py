@@ -44,6 +44,7 @@ from pallas_kernels.gpu_split import (
     num_multiprocessors,
     plan_split,
 )
+from pallas_kernels.gpu_widen import as_operand, hopper_operand_dtype, widen_for_wgmma
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 _LOG2E = math.log2(math.e)
@@ -179,11 +180,7 @@ def attend_decode(
         num_workers=num_workers,
     )
     # XLA fuses this padding into whatever makes q; there is none where the group is 8, 16, ...
-    grouped = q[:num_rows]
-    if shape.dtype != q.dtype:  # bfloat16 to float16
-        largest = float(jnp.finfo(shape.dtype).max)
-        grouped = jnp.clip(grouped, -largest, largest).astype(shape.dtype)
-    grouped = _grouped(grouped, shape, spec)
+    grouped = _grouped(as_operand(q[:num_rows], shape.dtype), shape, spec)
     # A key and its value side by side, as they lie in memory: a view.
     pairs = kv_pages.reshape(*kv_pages.shape[:2], kv.num_kv_heads, 2 * kv.head_dim)
     first_page = jnp.asarray(layer, jnp.int32).reshape(1) * pages.num_pages
@@ -217,9 +214,6 @@ def attend_decode(
 def _shape_of(spec: AttentionSpec, block_kv: int, q_dtype: jax.typing.DTypeLike) -> _Shape:
     kv = spec.kv
     stored = jnp.dtype(kv.dtype)
-    dtype = stored
-    if stored.itemsize == 1:
-        dtype = jnp.dtype(q_dtype if stored.name == "int8" else jnp.float16)
     # Registers: an accumulator of 256 rows and 32 columns, or half the rows and twice as many.
     most = (64 if kv.head_dim <= 128 else 32) * stored.itemsize // 2
     num_parts = -(-spec.group // most)
@@ -230,7 +224,7 @@ def _shape_of(spec: AttentionSpec, block_kv: int, q_dtype: jax.typing.DTypeLike)
         columns=_up(group, 8),
         head_dim=kv.head_dim,
         stored=stored,
-        dtype=dtype,
+        dtype=hopper_operand_dtype(stored, q_dtype),
         copy_tokens=math.gcd(kv.page_size, block_kv),
     )
 
@@ -383,7 +377,10 @@ def _pieces(
                     plgpu.barrier_wait(pairs_full.at[stage])
                     pairs_smem = stages.at[stage]
                     if shape.converts:
-                        _convert(pairs_smem, converted, shape)
+                        # Barriers on both sides: no warp is still multiplying the block before.
+                        width = math.gcd(shape.convert_width, head_dim)
+                        widen_for_wgmma(pairs_smem, converted, rows=block_kv, columns=width)
+                        plgpu.commit_smem()
                         plgpu.barrier_arrive(pairs_free.at[stage])
                         pairs_smem = converted
                     _forget_unseen(pairs_smem, token, kv_len, spec=spec)
@@ -472,19 +469,6 @@ def _pieces(
         **({} if interpret is None else {"interpret": interpret}),
     )
     return run(q, pairs, pages.kv_lens, pages.page_table, first_page, plan.work)
-
-
-def _convert(stage: Any, target: Any, shape: _Shape) -> None:
-    """A stage of an 8-bit cache as 16-bit operands, by a layout that moves 4 values a thread.
-
-    Stores to shared memory are fenced by barriers on both sides, so no warp is still multiplying
-    the block before.
-    """
-    width = math.gcd(shape.convert_width, shape.head_dim)
-    for column in range(0, 2 * shape.head_dim, width):
-        values = plgpu.load(stage.at[:, pl.ds(column, width)], layout=plgpu.Layout.WGMMA_8BIT)
-        target[:, pl.ds(column, width)] = values.astype(shape.dtype)
-    plgpu.commit_smem()
 
 
 def _multiply(a: Any, b: Any) -> Any:

@@ -176,7 +176,9 @@ def attend_mma(
     num_tokens, num_rows = q.shape[0], pages.kv_lens.shape[0]
     first_page = jnp.asarray(layer, jnp.int32) * pages.num_pages
     heads = (spec.kv.num_kv_heads, spec.group)
-    grouped = as_operand(q, spec.kv.dtype).reshape(num_tokens, *heads, -1)  # [T, K, G, H]
+    grouped = as_operand(q, operand_dtype(spec.kv.dtype)).reshape(
+        num_tokens, *heads, -1
+    )  # [T, K, G, H]
     row = jnp.arange(num_rows, dtype=jnp.int32)
 
     def run(in_rows: Array, num_tokens: int, tile: Tile) -> tuple[Array, Array]:

@@ -21,6 +21,9 @@ Values of positions that no query of the tile may see are zeroed in shared memor
 multiplied (0 * NaN is NaN): after the context's end, and before the window. Only the first and last
 block of an item can hold such.
 
+A block of an 8-bit cache comes to shared memory as it is stored. The warpgroup that loads, which has
+time, widens it to operands of 16 bits (`gpu_widen`), the keys while the values come.
+
 The list of items, longest first, is `gpu_tiles`'s.
 """
 
@@ -48,6 +51,13 @@ from pallas_kernels.gpu_tiles import (
     packing_of,
     plan_prefill,
 )
+from pallas_kernels.gpu_widen import (
+    DTYPES,
+    as_operand,
+    hopper_operand_dtype,
+    widen_for_wgmma,
+    widens,
+)
 from pallas_kernels.types import AttentionSpec, PageMetadata
 
 _LOG2E = math.log2(math.e)
@@ -55,8 +65,10 @@ _LEAST = -1e30  # where a row's largest logit starts: finite, so that nothing se
 _WGMMA_ROWS = 64
 _NUM_WARPGROUPS = TILE_ROWS // _WGMMA_ROWS  # that compute
 _ROWS = plgpu.Layout.WGMMA.reduce(1)  # of a vector over the rows of an accumulator
-_DTYPES = ("bfloat16", "float16")
+_DTYPES = ("bfloat16", "float16", *DTYPES)
 _HEAD_DIMS = (64, 80, 96, 128, 256)
+_WIDENED_HEAD_DIMS = (64, 96, 128)  # more do not fit shared memory beside what they become
+_WIDEN_COLUMNS = 64  # at a time: the registers of the warpgroup that loads are few
 
 
 def why_not_prefill(spec: AttentionSpec) -> str | None:
@@ -66,9 +78,10 @@ def why_not_prefill(spec: AttentionSpec) -> str | None:
     if kv.kind != "heads":
         return f"the prefill kernel has no {kv.kind} cache"
     if dtype not in _DTYPES:
-        return f"the prefill kernel multiplies {' or '.join(_DTYPES)}, the cache is {dtype}"
-    if kv.head_dim not in _HEAD_DIMS:
-        return f"head_dim={kv.head_dim} is none of {_HEAD_DIMS}"
+        return f"the prefill kernel reads pages of {', '.join(_DTYPES)}, not {dtype}"
+    head_dims = _WIDENED_HEAD_DIMS if widens(dtype) else _HEAD_DIMS
+    if kv.head_dim not in head_dims:
+        return f"head_dim={kv.head_dim} is none of {head_dims} with {dtype} pages"
     if kv.page_size % ALIGN or not 8 <= kv.page_size <= 128:
         return f"page_size={kv.page_size} is not a multiple of {ALIGN} up to 128"
     if spec.scale <= 0:
@@ -78,11 +91,11 @@ def why_not_prefill(spec: AttentionSpec) -> str | None:
 
 def prefill_tiles(spec: AttentionSpec, *, num_workers: int) -> PrefillTiles:
     """Tiles that fit shared memory."""
-    head_dim = spec.kv.head_dim
+    head_dim, is_wide = spec.kv.head_dim, widens(spec.kv.dtype)
     return PrefillTiles(
         block_kv=128 if head_dim <= 128 else 64,
         num_stages=2 if head_dim > 64 else 4,
-        num_slots=2 if head_dim <= 128 else 1,
+        num_slots=2 if head_dim <= (96 if is_wide else 128) else 1,
         num_workers=num_workers,
     )
 
@@ -110,12 +123,12 @@ def attend_prefill(
     Every token from `num_decode_rows` on is written, so what `out` holds there does not matter. It
     is updated in place where nothing else needs it.
     """
-    num_tokens, dtype = q.shape[0], jnp.dtype(spec.kv.dtype)
+    num_tokens, dtype = q.shape[0], hopper_operand_dtype(spec.kv.dtype, q.dtype)
     if num_tokens % ALIGN or q.dtype != dtype:
         more = ((0, -num_tokens % ALIGN), (0, 0), (0, 0))  # a bucket of 1, 2 or 4 tokens
         padded = attend_prefill(
-            jnp.pad(q.astype(dtype), more),
-            jnp.pad(out.astype(dtype), more),
+            jnp.pad(as_operand(q, dtype), more),
+            jnp.pad(as_operand(out, dtype), more),
             kv_pages,
             pages,
             layer,
@@ -177,11 +190,11 @@ def _columns(head_dim: int) -> int:
     return next(columns for columns in (64, 32, 16) if head_dim % columns == 0)
 
 
-def _swizzled(head_dim: int) -> tuple[Any, ...]:
-    """The layout of a [rows, head_dim] matrix of 16-bit values that TMA and wgmma share."""
+def _swizzled(head_dim: int, itemsize: int = 2) -> tuple[Any, ...]:
+    """The layout of a [rows, head_dim] matrix that TMA and wgmma share, or TMA and threads."""
     columns = _columns(head_dim)
     tiling = plgpu.TilingTransform((ALIGN, columns))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(itemsize * columns)  # pyright: ignore[reportAbstractUsage]
     return tiling, swizzle
 
 
@@ -198,6 +211,8 @@ def _scratch(
     tiled = _swizzled(head_dim)
     stages = tiles.num_stages
     copies = tiles.block_kv // box_of(spec, tiles)
+    is_wide = widens(spec.kv.dtype)
+    arrivals = 1 if is_wide else copies  # at a stage, of the loading warpgroup or of TMA
     q_shape = (tiles.num_slots, _NUM_WARPGROUPS, _WGMMA_ROWS, head_dim)
     kv_shape = (stages, tiles.block_kv, head_dim)
     scratch = {
@@ -207,13 +222,18 @@ def _scratch(
         "token_smem": plgpu.SMEM((_NUM_WARPGROUPS, _WGMMA_ROWS, 64), dtype),
         "q_full": plgpu.Barrier(num_arrivals=packing.groups, num_barriers=tiles.num_slots),
         "q_free": plgpu.Barrier(num_arrivals=_NUM_WARPGROUPS, num_barriers=tiles.num_slots),
-        "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        "v_edge": plgpu.Barrier(num_arrivals=copies),
+        "k_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        "v_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=_NUM_WARPGROUPS, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=_NUM_WARPGROUPS, num_barriers=stages),
         "turn": plgpu.Barrier(num_arrivals=_NUM_WARPGROUPS),
     }
+    if is_wide:
+        stored = plgpu.SMEM(kv_shape[1:], spec.kv.dtype, transforms=_swizzled(head_dim, itemsize=1))
+        scratch |= {"k_stored": stored, "v_stored": stored}
+        scratch |= {name: plgpu.Barrier(num_arrivals=copies) for name in ("k_come", "v_come")}
+    else:
+        scratch["v_edge"] = plgpu.Barrier(num_arrivals=copies)
     if interpret:
         shape = (_NUM_WARPGROUPS, _WGMMA_ROWS, tiles.block_kv)
         scratch["p_smem"] = plgpu.SMEM(shape, dtype, transforms=_swizzled(64))
@@ -232,10 +252,14 @@ class _Shared:
     q_free: Any
     k_full: Any
     v_full: Any
-    v_edge: Any
     k_free: Any
     v_free: Any
     turn: Any
+    v_edge: Any = None
+    k_stored: Any = None  # of an 8-bit cache: a block as TMA brings it, and the barriers for that
+    v_stored: Any = None
+    k_come: Any = None
+    v_come: Any = None
     p_smem: Any = None  # in the interpreter
 
 
@@ -412,49 +436,87 @@ def _load_item(
         source = q_ref.at[tokens, item.unit * packing.heads + head]
         plgpu.copy_gmem_to_smem(source, target, shared.q_full.at[slot])
 
+    def load(target: Any, start: Any, *, channel: Any, full: Any) -> None:
+        """Ask for the block of keys or values from position `start` on: [block_kv, H]."""
+        places = []  # looked up for keys and for values: registers are few, the cache is near
+        for copy in range(copies):
+            # Past the context's end the last page is read again: what it holds is not seen.
+            position = start + copy * box
+            index = lax.div(jnp.minimum(position, item.kv_len - 1), jnp.int32(page_size))
+            places.append((table_ref[item.row, index], position))
+        for copy, (page, position) in enumerate(places):
+            source = kv_ref.at[first_page + page, :, channel]
+            if box < page_size:
+                offset = pl.multiple_of(lax.rem(position, jnp.int32(page_size)), ALIGN)
+                source = kv_ref.at[first_page + page, pl.ds(offset, box), channel]
+            plgpu.copy_gmem_to_smem(source, target.at[pl.ds(copy * box, box)], full)
+
+    load_keys = functools.partial(load, channel=2 * kv_head)
+    load_values = functools.partial(load, channel=2 * kv_head + 1)
+
+    def widen(stored: Any, come: Any, wide: Any) -> None:
+        plgpu.barrier_wait(come)
+        columns = math.gcd(_WIDEN_COLUMNS, spec.kv.head_dim)
+        widen_for_wgmma(stored, wide, rows=_WGMMA_ROWS, columns=columns)
+        plgpu.commit_smem()  # before wgmma reads it, and before TMA writes where it was read
+
+    if shared.k_stored is not None:
+
+        @pl.when(item.blocks > 0)
+        def _() -> None:
+            load_keys(shared.k_stored, item.start, full=shared.k_come)
+            load_values(shared.v_stored, item.start, full=shared.v_come)
+
     @pl.loop(0, item.blocks)
     def _(block: Any) -> None:
         step = blocks_before + block
         stage = lax.rem(step, jnp.int32(stages))
         start = item.start + block * block_kv
+        keys, values = shared.k_smem.at[stage], shared.v_smem.at[stage]
+        is_edge = (start + block_kv > item.kv_len) | (start < first_seen)
 
-        def load(target: Any, channel: Any, full: Any) -> None:
-            places = []  # looked up for keys and for values: registers are few, the cache is near
-            for copy in range(copies):
-                # Past the context's end the last page is read again: what it holds is not seen.
-                position = start + copy * box
-                index = lax.div(jnp.minimum(position, item.kv_len - 1), jnp.int32(page_size))
-                places.append((table_ref[item.row, index], position))
-            for copy, (page, position) in enumerate(places):
-                source = kv_ref.at[first_page + page, :, channel]
-                if box < page_size:
-                    offset = pl.multiple_of(lax.rem(position, jnp.int32(page_size)), ALIGN)
-                    source = kv_ref.at[first_page + page, pl.ds(offset, box), channel]
-                rows = pl.ds(copy * box, box)
-                plgpu.copy_gmem_to_smem(source, target.at[stage, rows], full)
+        def forget() -> None:
+            _forget(values, first_seen - start, item.kv_len - start)
+            plgpu.commit_smem()
 
         @pl.when(step >= stages)
         def _() -> None:
             plgpu.barrier_wait(shared.k_free.at[stage])
 
-        load(shared.k_smem, 2 * kv_head, shared.k_full.at[stage])
+        if shared.k_stored is None:
+            load_keys(keys, start, full=shared.k_full.at[stage])
+        else:
+            widen(shared.k_stored, shared.k_come, keys)
+            plgpu.barrier_arrive(shared.k_full.at[stage])
+
+            @pl.when(block + 1 < item.blocks)
+            def _() -> None:
+                load_keys(shared.k_stored, start + block_kv, full=shared.k_come)
 
         @pl.when(step >= stages)
         def _() -> None:
             plgpu.barrier_wait(shared.v_free.at[stage])
 
-        is_edge = (start + block_kv > item.kv_len) | (start < first_seen)
+        if shared.v_stored is not None:
+            widen(shared.v_stored, shared.v_come, values)
+            pl.when(is_edge)(forget)
+            plgpu.barrier_arrive(shared.v_full.at[stage])
+
+            @pl.when(block + 1 < item.blocks)
+            def _() -> None:
+                load_values(shared.v_stored, start + block_kv, full=shared.v_come)
+
+            return
 
         @pl.when(jnp.logical_not(is_edge))
         def _() -> None:
-            load(shared.v_smem, 2 * kv_head + 1, shared.v_full.at[stage])
+            load_values(values, start, full=shared.v_full.at[stage])
 
         @pl.when(is_edge)
         def _() -> None:
-            load(shared.v_smem, 2 * kv_head + 1, shared.v_edge)
+            load_values(values, start, full=shared.v_edge)
             plgpu.barrier_wait(shared.v_edge)
-            _forget(shared.v_smem.at[stage], first_seen - start, item.kv_len - start)
-            plgpu.commit_smem()
+            forget()
             for _ in range(copies):
                 plgpu.barrier_arrive(shared.v_full.at[stage])
 

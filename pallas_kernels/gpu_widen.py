@@ -8,6 +8,8 @@ included. Four values lie in a register of 32 bits and become two pairs:
   magnitude beyond 448 is NaN; a multiplication that overflows for it alone makes it one.
 - float8_e5m2 is the upper byte of a float16.
 - int8 plus 128 is the lower byte of a float16 between 1024 and 1280.
+
+Hopper's own kernels convert by what Mosaic GPU has: float8 to float16, int8 to the queries' type.
 """
 
 import math
@@ -77,13 +79,21 @@ def operand_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return WIDE if widens(dtype) else jnp.dtype(dtype)
 
 
+def hopper_operand_dtype(dtype: jax.typing.DTypeLike, q_dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The same in Hopper's kernels: int8 becomes the queries' type, where that has 16 bits."""
+    is_int8 = jnp.dtype(dtype).name == "int8"
+    return (
+        jnp.dtype(q_dtype) if is_int8 and jnp.dtype(q_dtype).itemsize == 2 else operand_dtype(dtype)
+    )
+
+
 def as_operand(q: Array, dtype: jax.typing.DTypeLike) -> Array:
-    """Queries as operands beside a cache of `dtype`; what float16 cannot hold is cut off."""
-    wide = operand_dtype(dtype)
-    if widens(dtype) and q.dtype != wide:
-        largest = float(jnp.finfo(wide).max)
+    """Queries as `dtype`; what float16 cannot hold is cut off beside bits that are widened."""
+    dtype = jnp.dtype(dtype)
+    if dtype == WIDE and q.dtype != dtype:
+        largest = float(jnp.finfo(dtype).max)
         q = jnp.clip(q, -largest, largest)
-    return q.astype(wide)
+    return q.astype(dtype)
 
 
 def widen_block(source: Any, target: Any, *, interpret: bool) -> None:
@@ -99,6 +109,19 @@ def widen_block(source: Any, target: Any, *, interpret: bool) -> None:
         values = plgpu.load(source.at[:, pl.ds(column, width)], layout=_LAYOUT, optimized=False)
         wide = values.astype(WIDE) if interpret else _widen(values)
         target[:, pl.ds(column, width)] = wide
+
+
+def widen_for_wgmma(source: Any, target: Any, *, rows: int, columns: int) -> None:
+    """The same in Hopper's kernels, to `target`'s type, `rows` by `columns` at a time in registers.
+
+    `rows` is a multiple of 64, `columns` of 16 and of what either is swizzled in. By a layout that
+    moves 4 values a thread.
+    """
+    for row in range(0, source.shape[0], rows):
+        for column in range(0, source.shape[1], columns):
+            part = pl.ds(row, rows), pl.ds(column, columns)
+            values = plgpu.load(source.at[part], layout=plgpu.Layout.WGMMA_8BIT)
+            target[part] = values.astype(target.dtype)
 
 
 def _widen(values: Array) -> Array:

@@ -121,9 +121,20 @@ def test_ragged_rows_are_right_and_nothing_leaks(window: int | None) -> None:
     check(batch, spec, prefill(batch, spec))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.int8])
+def test_a_cache_of_8_bits_is_widened_and_nothing_leaks(dtype: jax.typing.DTypeLike) -> None:
+    spec = make_spec(2, 1, 64, 16, dtype, window=70, soft_cap=5.0, sinks=True)
+    rows = [(1, 5), (1, 40), (0, 3), (19, 150), (1, 17), (0, 0), (16, 16), (7, 135)]
+    batch = make_rows(spec, rows, num_decode_rows=2)
+    check(batch, spec, prefill(batch, spec, block_kv=64))
+
+
 @pytest.mark.usefixtures("products_are_loads")
-def test_there_are_no_races() -> None:
-    spec = make_spec(2, 1, 64, 16)
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, pytest.param(jnp.float8_e4m3fn, marks=pytest.mark.slow)]
+)
+def test_there_are_no_races(dtype: jax.typing.DTypeLike) -> None:
+    spec = make_spec(2, 1, 64, 16, dtype)
     batch = make_rows(spec, [(9, 200), (12, 330)])
     out = prefill(batch, spec, num_workers=1, num_stages=2, block_kv=64, detect_races=True)
     check(batch, spec, out)
@@ -171,8 +182,11 @@ def test_shares_of_any_size_give_the_same(num_workers: int) -> None:
         make_spec(7, 1, 64, 32),
         make_spec(3, 1, 64, 72, sinks=True),
         make_spec(32, 1, 64, 32),
+        make_spec(4, 1, 128, 16, jnp.float8_e4m3fn),
+        make_spec(2, 1, 96, 8, jnp.float8_e5m2, window=40),
+        make_spec(8, 1, 128, 128, jnp.int8),
     ],
-    ids=["128", "80", "96", "256", "f16", "group-7", "group-3", "group-32"],
+    ids=["128", "80", "96", "256", "f16", "group-7", "group-3", "group-32", "e4m3", "e5m2", "int8"],
 )
 def test_head_dims_groups_and_types(spec: AttentionSpec) -> None:
     batch = make_rows(spec, [(1, 9), (21, 100), (33, 161), (1, 64)], num_decode_rows=1)
@@ -342,7 +356,9 @@ def test_a_group_of_any_size_fills_most_of_a_tile() -> None:
     ("spec", "says"),
     [
         (make_spec(4, 1, 64, 16, jnp.float32), "float32"),
-        (make_spec(4, 1, 64, 16, jnp.float8_e4m3fn), "float8_e4m3fn"),
+        (make_spec(4, 1, 64, 16, jnp.float8_e4m3fnuz), "float8_e4m3fnuz"),
+        (make_spec(4, 1, 80, 16, jnp.int8), "head_dim=80"),
+        (make_spec(4, 1, 256, 16, jnp.float8_e4m3fn), "head_dim=256"),
         (make_spec(4, 1, 72, 16), "head_dim=72"),
         (make_spec(4, 1, 64, 20), "page_size=20"),
     ],
@@ -355,3 +371,6 @@ def test_what_it_can_do_is_not_refused() -> None:
     for head_dim in (64, 80, 96, 128, 256):
         for page_size in (8, 16, 24, 32, 64, 128):
             assert why_not_prefill(make_spec(8, 2, head_dim, page_size)) is None
+    for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8):
+        for head_dim in (64, 96, 128):
+            assert why_not_prefill(make_spec(8, 2, head_dim, 16, dtype)) is None

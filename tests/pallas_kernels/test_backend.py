@@ -23,6 +23,24 @@ def test_a_chip_without_a_kernel_gets_an_honest_reason() -> None:
     assert "not float32" in (why_not("gpu", attention_case("tiny"), chip=chip) or "")
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.parametrize(
+    "chip",
+    [
+        Chip(platform="gpu", kind="NVIDIA H100 80GB HBM3", compute_capability="9.0"),
+        Chip(platform="gpu", kind="NVIDIA L4", compute_capability="8.9"),
+        Chip(platform="gpu", kind="NVIDIA A100-SXM4-40GB", compute_capability="8.0"),
+        Chip(platform="gpu", kind="NVIDIA B200", compute_capability="10.0"),
+    ],
+    ids=lambda chip: chip.kind,
+)
+def test_a_gpu_with_kernels_serves_caches_of_8_bits(chip: Chip, dtype: str) -> None:
+    for case in ("llama-3.1-8b", "llama-3.2-1b", "gemma-2-9b", "gpt-oss-20b/window"):
+        backend, reasons = choose_backend("auto", attention_case(case, dtype=dtype), chip=chip)
+        assert backend == Backend(name="gpu", chip=chip)
+        assert list(reasons) == ["tpu"]
+
+
 def test_no_kernel_attends_within_chunks_yet() -> None:
     chip = Chip(platform="tpu", kind="TPU v6e")
     spec = attention_case("llama-3.1-8b", dtype="bfloat16", window=8192)
