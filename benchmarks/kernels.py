@@ -47,6 +47,7 @@ def comparisons() -> list[Comparison]:
         Comparison("8B decode", {"case": "llama-3.1-8b", **_DECODE}, _BUNDLED_DECODE),
         Comparison("8B decode, fp8 KV", {"case": "llama-3.1-8b", **_DECODE, **_FP8}, {}),
         Comparison("8B prefill", {"case": "llama-3.1-8b", **_CHUNK}, _BUNDLED_PREFILL),
+        Comparison("8B prefill, fp8 KV", {"case": "llama-3.1-8b", **_CHUNK, **_FP8}, {}),
         Comparison("Qwen3-0.6B decode", {"case": "qwen3-0.6b", **_DECODE}, _BUNDLED_DECODE),
         Comparison("1B decode", {"case": "llama-3.2-1b", **_DECODE}, {}),
         Comparison("gpt-oss decode", {"case": "gpt-oss-20b", **_DECODE}, {}),

@@ -31,7 +31,16 @@ from benchmarks.common import print_table, versions, write_json
 
 ROOT = Path(__file__).parent.parent
 IMPLEMENTATIONS = ("ours", "xla", "triton", "torch")
-CHECKED = ("llama-3.1-8b", "llama-3.2-1b", "gpt-oss-20b/window", "gemma-3-4b")
+FP8 = "float8_e4m3fn"
+CHECKED = (  # the case, and the cache's type
+    ("llama-3.1-8b", "bfloat16"),
+    ("llama-3.2-1b", "bfloat16"),
+    ("gpt-oss-20b/window", "bfloat16"),
+    ("gemma-3-4b", "bfloat16"),
+    ("llama-3.1-8b", FP8),
+    ("gemma-3-4b", FP8),
+    ("llama-3.1-8b", "int8"),
+)
 COPY_BYTES = 4 << 30
 CACHE_BYTES = 256 << 20  # at least this much is read before any of it is read again
 LOOP_S = 0.02  # what a timed call should take
@@ -48,9 +57,14 @@ class Workload:
     rows: tuple[tuple[int, int], ...]
     page_size: int = 16
     dtype: str = "bfloat16"
+    kv_dtype: str | None = None  # of the cache; None: dtype
     num_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0
+
+    @property
+    def cache_dtype(self) -> str:
+        return self.kv_dtype or self.dtype
 
     @property
     def num_tokens(self) -> int:
@@ -64,7 +78,7 @@ class Workload:
     @property
     def kv_bytes(self) -> int:
         """Of keys and values that attention must read, once each."""
-        width = 4 if self.dtype == "float32" else 2
+        width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(self.cache_dtype, 1)
         token = 2 * self.num_kv_heads * self.head_dim * width
         return token * sum(kv_len for _, kv_len in self.rows)
 
@@ -79,13 +93,16 @@ def workloads(*, smoke: bool) -> list[Workload]:
     """The most telling ones first: the time may not be enough for all."""
     from pallas_kernels.cases import attention_case
 
-    def add(name: str, case: str, rows: list[tuple[int, int]]) -> Workload:
+    def add(
+        name: str, case: str, rows: list[tuple[int, int]], kv_dtype: str | None = None
+    ) -> Workload:
         spec = attention_case(case)
         return Workload(
             name=name,
             case=case,
             rows=tuple(rows),
             dtype="float32" if smoke else "bfloat16",
+            kv_dtype=kv_dtype,
             num_heads=spec.num_heads,
             num_kv_heads=spec.kv.num_kv_heads,
             head_dim=spec.kv.head_dim,
@@ -96,6 +113,7 @@ def workloads(*, smoke: bool) -> list[Workload]:
         return [
             add("decode 2", "tiny", rows),
             add("mixed", "tiny", [*rows, (30, 50)]),
+            add("mixed, fp8 KV", "tiny", [*rows, (30, 50)], FP8),
         ]
     batches = {
         "decode 64 x 4k": [(1, 4096)] * 64,
@@ -107,7 +125,10 @@ def workloads(*, smoke: bool) -> list[Workload]:
         "decode 8 x 8k": [(1, 8192)] * 8,
     }
     cases = ("llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b")
-    return [add(name, case, rows) for case in cases for name, rows in batches.items()]
+    chosen = [add(name, case, rows) for case in cases for name, rows in batches.items()]
+    narrow = ("decode 64 x 4k", "prefill 8k", "mixed 48 + 2k")
+    eight_bits = [add(f"{name}, fp8 KV", cases[0], batches[name], FP8) for name in narrow]
+    return [*chosen[:4], *eight_bits, *chosen[4:]]
 
 
 # What a child process does.
@@ -124,9 +145,9 @@ def check(*, smoke: bool) -> list[dict[str, Any]]:
 
     chip = Chip.of(jax.devices()[0])
     found = []
-    for case in ("tiny",) if smoke else CHECKED:
+    for case, kv_dtype in (("tiny", "float32"), ("tiny", FP8)) if smoke else CHECKED:
         dtype = "float32" if smoke else "bfloat16"
-        spec = attention_case(case, page_size=16, dtype=dtype)
+        spec = attention_case(case, page_size=16, dtype=kv_dtype)
         backend, refused = choose_backend("auto", spec, chip=chip)
         backends = [dataclasses.replace(REFERENCE, chip=chip)] if not found else []
         for each in [*backends, backend]:
@@ -134,13 +155,14 @@ def check(*, smoke: bool) -> list[dict[str, Any]]:
             found.append(
                 {
                     "case": case,
+                    "kv_dtype": kv_dtype,
                     "backend": each.name,
                     "refused": refused,
                     "error": error,
                     "passes": bool(error <= TOLERANCE[dtype]),
                 }
             )
-            print(f"check {case}, {each.name}: {error:.2e}", flush=True)
+            print(f"check {case}, {kv_dtype} KV, {each.name}: {error:.2e}", flush=True)
     return found
 
 
@@ -248,7 +270,7 @@ def _paged(by: str, workload: Workload) -> tuple[Callable[..., Any], dict[str, A
     from pallas_kernels.chips import Chip
 
     chip = Chip.of(jax.devices()[0])
-    spec = attention_case(workload.case, page_size=workload.page_size, dtype=workload.dtype)
+    spec = attention_case(workload.case, page_size=workload.page_size, dtype=workload.cache_dtype)
     backend, refused = choose_backend("auto" if by == "ours" else "xla", spec, chip=chip)
     state, num_layers = _inputs(workload, spec, backend)
 
@@ -278,6 +300,8 @@ def _triton(workload: Workload) -> tuple[Callable[..., Any], dict[str, Any], dic
         raise NotImplementedError("Pallas Triton needs a GPU")
     if not workload.is_decode:
         raise NotImplementedError("it only decodes")
+    if workload.kv_dtype is not None:
+        raise NotImplementedError("here it reads the queries' type only")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as triton
@@ -350,10 +374,12 @@ def _inputs(workload: Workload, spec: Any, backend: Any) -> tuple[dict[str, Any]
     cache = kv_pages_shape(spec.kv, num_layers, pages.num_pages, backend=backend)
     keys = iter(jax.random.split(jax.random.key(0), 5))
 
-    def normal(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.jit(jax.random.normal, static_argnums=(1, 2))(next(keys), shape, dtype)
-
     dtype = jnp.dtype(workload.dtype)
+
+    def normal(shape: tuple[int, ...], stored: Any) -> Any:
+        draw = jax.jit(lambda key: jax.random.normal(key, shape, dtype).astype(stored))
+        return draw(next(keys))
+
     tokens = workload.num_tokens
     state = {
         "q": normal((tokens, spec.num_heads, spec.kv.head_dim), dtype),

@@ -21,8 +21,8 @@ Values of positions that no query of the tile may see are zeroed in shared memor
 multiplied (0 * NaN is NaN): after the context's end, and before the window. Only the first and last
 block of an item can hold such.
 
-A block of an 8-bit cache comes to shared memory as it is stored. The warpgroup that loads, which has
-time, widens it to operands of 16 bits (`gpu_widen`), the keys while the values come.
+A block of an 8-bit cache comes to shared memory as it is stored. The warpgroup that loads, which
+has time, widens it to operands of 16 bits (`gpu_widen`), the keys while the values come.
 
 The list of items, longest first, is `gpu_tiles`'s.
 """

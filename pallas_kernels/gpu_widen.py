@@ -30,7 +30,7 @@ WIDE = jnp.dtype(jnp.float16)
 
 # Four warps by rows; a thread has four values of a row, a warp 8 rows of 16. Of swizzled tiles that
 # touches each bank of shared memory once, 8 bits wide and, half a warp at a time, 16 bits wide.
-_LAYOUT = plgpu.Layout.TILED(
+LAYOUT = plgpu.Layout.TILED(
     Tiling(((32, 16), (8, 16), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
 _PIECE = 128  # columns at a time, in registers
@@ -81,10 +81,9 @@ def operand_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 
 def hopper_operand_dtype(dtype: jax.typing.DTypeLike, q_dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The same in Hopper's kernels: int8 becomes the queries' type, where that has 16 bits."""
-    is_int8 = jnp.dtype(dtype).name == "int8"
-    return (
-        jnp.dtype(q_dtype) if is_int8 and jnp.dtype(q_dtype).itemsize == 2 else operand_dtype(dtype)
-    )
+    if jnp.dtype(dtype).name == "int8" and jnp.dtype(q_dtype).itemsize == 2:
+        return jnp.dtype(q_dtype)
+    return operand_dtype(dtype)
 
 
 def as_operand(q: Array, dtype: jax.typing.DTypeLike) -> Array:
@@ -99,23 +98,22 @@ def as_operand(q: Array, dtype: jax.typing.DTypeLike) -> Array:
 def widen_block(source: Any, target: Any, *, interpret: bool) -> None:
     """Values `[rows, columns]` of shared memory, 8 bits, to float16 in shared memory.
 
-    `rows` is a multiple of 32 and `columns` of 16. One warpgroup; the threads do not wait for each
-    other, nor does what reads by the async proxy. The interpreter, which knows no PTX, has a plain
-    conversion in its place.
+    `rows` is a multiple of 32, `columns` of 32. All threads of one warpgroup do a part; the caller
+    makes them wait for each other. The interpreter, which knows no PTX, has a plain conversion in
+    its place.
     """
     columns = source.shape[1]
     width = math.gcd(columns, _PIECE)
     for column in range(0, columns, width):
-        values = plgpu.load(source.at[:, pl.ds(column, width)], layout=_LAYOUT, optimized=False)
-        wide = values.astype(WIDE) if interpret else _widen(values)
+        values = plgpu.load(source.at[:, pl.ds(column, width)], layout=LAYOUT, optimized=False)
+        wide = values.astype(WIDE) if interpret else widen(values)
         target[:, pl.ds(column, width)] = wide
 
 
 def widen_for_wgmma(source: Any, target: Any, *, rows: int, columns: int) -> None:
     """The same in Hopper's kernels, to `target`'s type, `rows` by `columns` at a time in registers.
 
-    `rows` is a multiple of 64, `columns` of 16 and of what either is swizzled in. By a layout that
-    moves 4 values a thread.
+    `rows` is a multiple of 64, `columns` of the pieces that either is swizzled in.
     """
     for row in range(0, source.shape[0], rows):
         for column in range(0, source.shape[1], columns):
@@ -124,10 +122,12 @@ def widen_for_wgmma(source: Any, target: Any, *, rows: int, columns: int) -> Non
             target[part] = values.astype(target.dtype)
 
 
-def _widen(values: Array) -> Array:
+def widen(values: Array) -> Array:
+    """8-bit values `[rows, columns]` in registers, laid out as `LAYOUT`, as float16."""
+
     @plgpu.inline_mgpu(
-        arg_types=(_LAYOUT,),
-        return_type=plgpu.ShapeDtypeStruct(values.shape, WIDE, layout=_LAYOUT),
+        arg_types=(LAYOUT,),
+        return_type=plgpu.ShapeDtypeStruct(values.shape, WIDE, layout=LAYOUT),
     )
     def convert(_: Any, narrow: Any) -> Any:
         text = {

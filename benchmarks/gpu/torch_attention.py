@@ -181,6 +181,8 @@ def main() -> None:
                 add(**about, absent="no time left")
                 continue
             try:
+                if workload["kv_dtype"] is not None:
+                    raise NotImplementedError("only caches of the queries' type are compared")
                 batch = Batch(workload)
                 calls = make(batch, workload["page_size"])
                 taken, how = seconds(calls, max(batch.kv_bytes / 3e12, batch.flops / 6e14))

@@ -1,10 +1,13 @@
 """Compiles attend_mma's kernels for a chip that is not there, and runs their PTX in numpy.
 
     python -m tests.pallas_kernels.emulate_mma TARGET CASE [CUT]
+    python -m tests.pallas_kernels.emulate_mma TARGET widen
 
 prints one line of JSON: the error against dense attention, and the races found; CUT is what
-`Kernel.cut` takes out of the kernels before. Mosaic GPU compiles for one architecture a process and
-reads where to write the PTX when it is imported, so this is a program and not a function.
+`Kernel.cut` takes out of the kernels before. `widen` instead takes every value of every 8-bit type
+to float16 as the kernels do, and prints those that become another value. Mosaic GPU compiles for
+one architecture a process and reads where to write the PTX when it is imported, so this is a
+program and not a function.
 """
 
 import json
@@ -12,6 +15,7 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 _DUMP = tempfile.mkdtemp(prefix="emulate_mma")
@@ -24,11 +28,12 @@ os.environ.update(
 )
 
 import jax  # noqa: E402
+import jax.experimental.pallas.mosaic_gpu as plgpu  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax import Array  # noqa: E402
 
-from pallas_kernels import attention_gpu_mma  # noqa: E402
+from pallas_kernels import attention_gpu_mma, gpu_widen  # noqa: E402
 from pallas_kernels.aot import compile_for, target  # noqa: E402
 from pallas_kernels.backend import Backend  # noqa: E402
 from pallas_kernels.kv_write import write_kv  # noqa: E402
@@ -85,6 +90,42 @@ CASES: dict[str, tuple[AttentionSpec, list[tuple[int, int]], int, int, int]] = {
 }
 
 
+def _compiled(name: str, call: Callable[..., Any], *operands: Any) -> tuple[Kernel, int]:
+    """The one kernel of a call, and the bytes of shared memory that it may use."""
+    for each in pathlib.Path(_DUMP).iterdir():
+        each.unlink()
+    compile_for(name, call, *operands)
+    (ptx,) = (path.read_text() for path in pathlib.Path(_DUMP).glob("*.ptx"))
+    (resources,) = (path.read_text() for path in pathlib.Path(_DUMP).glob("*.resources.txt"))
+    return Kernel.parse(ptx), int(resources.split("smem_scratch_bytes=")[1].split(",")[0]) + 2048
+
+
+def widen(name: str) -> dict[str, list[str]]:
+    """What `gpu_widen.widen` makes another value of, by type: each of the 256 at every place."""
+
+    def kernel(x_ref: Any, out_ref: Any) -> None:
+        x = plgpu.load(x_ref, layout=gpu_widen.LAYOUT, optimized=False)
+        out_ref[...] = gpu_widen.widen(x)
+
+    wrong = {}
+    for dtype in gpu_widen.DTYPES:
+        shape = (256, 16)
+        rows = np.arange(256, dtype=np.uint8)[:, None] + np.arange(16, dtype=np.uint8)
+        x = rows.view(jnp.dtype(dtype))
+        call = plgpu.kernel(
+            kernel,
+            out_type=jax.ShapeDtypeStruct(shape, gpu_widen.WIDE),
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        )
+        out = np.zeros(shape, gpu_widen.WIDE)
+        compiled, smem_bytes = _compiled(name, call, x)
+        launch(compiled, [x, out], (1, 1, 1), smem_bytes)
+        expected = x.astype(np.float32)
+        differs = ~np.isclose(out.astype(np.float32), expected, rtol=0, atol=0, equal_nan=True)
+        wrong[dtype] = [f"{x[at]}: {out[at]}" for at in zip(*np.nonzero(differs), strict=True)]
+    return wrong
+
+
 def main(name: str, case: str, cut: str | None = None) -> dict[str, Any]:
     """What came of a case. `cut` is taken out of the kernels first, to see that it is missed."""
     spec, rows, num_decode_rows, num_tokens, max_rows = CASES[case]
@@ -93,17 +134,11 @@ def main(name: str, case: str, cut: str | None = None) -> dict[str, Any]:
     blocks = []
 
     def emulated(*operands: Array, **static: Any) -> tuple[Array, Array]:
-        for each in pathlib.Path(_DUMP).iterdir():
-            each.unlink()
-        compile_for(name, lambda *args: _launch(*args, **static), *operands)
-        (ptx,) = (path.read_text() for path in pathlib.Path(_DUMP).glob("*.ptx"))
-        (resources,) = (path.read_text() for path in pathlib.Path(_DUMP).glob("*.resources.txt"))
-        smem_bytes = int(resources.split("smem_scratch_bytes=")[1].split(",")[0]) + 2048
+        kernel, smem_bytes = _compiled(name, lambda *args: _launch(*args, **static), *operands)
         queries, kv_pages, items, table = (np.array(each) for each in operands)
         shape = jax.eval_shape(lambda *args: _launch(*args, **static), *operands)
         outputs = [np.full(each.shape, np.nan, each.dtype) for each in shape]
         num_shares = static["num_shares"]
-        kernel = Kernel.parse(ptx)
         if cut is not None:
             kernel.cut(cut)
         grid = (num_shares, queries.shape[0], queries.shape[1])
@@ -139,4 +174,5 @@ def main(name: str, case: str, cut: str | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:])))
+    arguments = sys.argv[1:]
+    print(json.dumps(widen(arguments[0]) if arguments[1:] == ["widen"] else main(*arguments)))
