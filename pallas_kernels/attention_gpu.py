@@ -6,6 +6,9 @@ and Blackwell, and on Hopper the others of a layer which the prefill kernel refu
 `mma.sync` (`attention_gpu_mma`). Mosaic GPU would compile the Hopper kernels for any chip without a
 word and they would fail there, so the architecture is checked here.
 
+Caches of 8 bits are read as they are stored and widened to 16 bits on the multiprocessor
+(`gpu_widen`); their scales are the caller's to fold in.
+
 A step of decode rows alone launches the prefill kernel, too, which finds nothing to do: XLA would
 have to bring a condition to the host to leave it out.
 """

@@ -30,6 +30,7 @@ _POISON = 0xFF  # four bytes of it are a NaN, as two are
 _WARP = 32
 _FLOATS = {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64), "f16": np.dtype(np.float16)}
 _FLOATS["bf16"] = np.dtype(jnp.bfloat16)
+_NARROW_FLOATS = {"e4m3x2": np.dtype(jnp.float8_e4m3fn)}  # pairs in 16 bits
 
 
 class EmulationError(Exception):
@@ -459,10 +460,15 @@ def _mov(block: _Block, step: _Instruction, active: np.ndarray) -> None:
 
 def _cvt(block: _Block, step: _Instruction, active: np.ndarray) -> None:
     to, source = step.opcode[-2:]
-    if to in ("bf16x2", "f16x2"):
+    if to in ("bf16x2", "f16x2") and source == "f32":
         dtype = _FLOATS[to[:-2]]
         high, low = (block.read(each, np.dtype(np.float32)) for each in step.operands[1:])
         pair = np.stack([low.astype(dtype), high.astype(dtype)], axis=1)
+        block.write(step.operands[0], _packed(pair), active)
+        return
+    if (narrow := _NARROW_FLOATS.get(source)) is not None:
+        pair = np.ascontiguousarray(block.read(step.operands[1], np.dtype(np.uint16)))
+        pair = pair.view(narrow).reshape(-1, 2).astype(_FLOATS[to.removesuffix("x2")])
         block.write(step.operands[0], _packed(pair), active)
         return
     value = block.read(step.operands[1], _type(source))

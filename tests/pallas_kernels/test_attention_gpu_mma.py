@@ -293,12 +293,10 @@ def test_what_is_compiled_for_an_a100_is_right_when_emulated(tmp_path: Path, cas
 
 
 @pytest.mark.slow
-def test_every_value_of_8_bits_stays_what_it_is_when_widened_on_an_a100(tmp_path: Path) -> None:
-    assert emulate(tmp_path, "a100", "widen") == {
-        "float8_e4m3fn": [],
-        "float8_e5m2": [],
-        "int8": [],
-    }
+@pytest.mark.parametrize("chip", ["a100", "l4"])
+def test_every_value_of_8_bits_stays_what_it_is_when_widened(tmp_path: Path, chip: str) -> None:
+    wrong = emulate(tmp_path, chip, "widen")
+    assert wrong == {"float8_e4m3fn": [], "float8_e5m2": [], "int8": []}
 
 
 @pytest.mark.slow
