@@ -6,7 +6,7 @@ from jax import Array
 
 from pallas_kernels import attention
 from pallas_kernels.attention_reference import attend_reference
-from pallas_kernels.backend import REFERENCE, BackendRefused
+from pallas_kernels.backend import INTERPRETED, REFERENCE, BackendRefused
 from pallas_kernels.cases import attention_case
 from pallas_kernels.self_check import self_check, tolerance, verify
 
@@ -23,6 +23,21 @@ def test_a_right_implementation_passes(name: str, dtype: str, stored: str) -> No
     found = self_check(spec, REFERENCE, dtype=dtype)
     assert found < tolerance(dtype)
     assert verify(spec, REFERENCE, dtype=dtype) == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("llama-3.1-8b/tp8", "float8_e4m3fn"),  # decode and prefill kernels
+        ("gemma-3-270m", "float8_e4m3fn"),  # decode and mma.sync
+        ("llama-3.2-1b/tp8", "int8"),
+    ],
+)
+def test_hopper_s_kernels_pass_with_a_cache_of_8_bits(name: str, stored: str) -> None:
+    spec = attention_case(name, dtype=stored)
+    backend = INTERPRETED["gpu-interpret"]
+    assert self_check(spec, backend, dtype="bfloat16") < tolerance("bfloat16")
 
 
 def _next_page(q, kv_pages, pages, layer, **named) -> Array:
