@@ -40,6 +40,7 @@ class EngineConfig:
     rope_theta: float | None = None
     served_model_name: str | None = None
     generation_config: str = "auto"  # "auto": the model's; "vllm": none; or a folder
+    override_generation_config: dict[str, Any] = field(default_factory=dict)  # laid over that
     chat_template: str | None = None  # a file, or the template itself
     load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = "auto"
     dtype: str = "auto"

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from jaxserve.errors import ConfigError
 
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLimits:
@@ -85,6 +87,7 @@ class ServerConfig:
     enable_log_outputs: bool = False
     max_log_len: int | None = None
     disable_access_log: bool = False
+    log_level: str = "info"  # debug, info, warning, error or critical
     log_format: Literal["text", "json"] = "text"
     metrics_prefix: str = "jaxserve"
     otlp_traces_endpoint: str | None = None
@@ -127,6 +130,8 @@ def _problems(c: ServerConfig) -> Iterator[str]:
         yield "an API key is empty or holds spaces or other than printable ASCII; choose another"
     if c.enable_auto_tool_choice and c.tool_call_parser is None:
         yield "enable_auto_tool_choice needs tool_call_parser (--tool-call-parser)"
+    if c.log_level.upper() not in LOG_LEVELS:
+        yield f"log_level={c.log_level!r} is unknown; use {', '.join(LOG_LEVELS).lower()}"
     if c.metrics_prefix not in ("jaxserve", "vllm"):
         yield f"metrics_prefix={c.metrics_prefix!r} is unknown; use jaxserve or vllm"
     for name in ("request_timeout_s", "max_concurrent_requests_per_key", "max_log_len"):

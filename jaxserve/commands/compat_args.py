@@ -20,11 +20,30 @@ _SHORT = {
     "speculative_config": "-sc",
 }
 # Of the server; as those of the engine in `frontend/engine_args.py`.
-_NO_EFFECT = "disable_frontend_multiprocessing enable_log_deltas enable_request_id_headers"
+_NO_EFFECT = """
+    disable_frontend_multiprocessing enable_log_deltas enable_offline_docs
+    enable_request_id_headers log_error_stack structured_outputs_config.backend
+"""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "api_server_count": (1,),
+    "enable_per_request_metrics": (False,),
     "enable_server_load_tracking": (False,),
     "enable_tokenizer_info_endpoint": (False,),
+    "fingerprint_mode": (None, "hash"),
+    "log_config_file": (None,),
+    "middleware": (None, []),
+    "reasoning_config": (None, {}),
+    "reasoning_effort_map": (None, {}),
+    "reasoning_parser_plugin": (None, ""),
+    "tool_parser_plugin": (None, ""),
+    "tool_server": (None,),
+    "trust_request_mm_kwargs": (False,),
+}
+_INSTEAD = {  # what does some of it
+    "log_config_file": "; use --log-level and --log-format",
+    "middleware": "; put a proxy in front",
+    "reasoning_parser_plugin": "; --reasoning-parser names those there are",
+    "tool_parser_plugin": "; --tool-call-parser names those there are",
 }
 _OTHER_NAMES = {  # vLLM's name: ours
     "disable_fastapi_docs": "disable_docs",
@@ -32,6 +51,7 @@ _OTHER_NAMES = {  # vLLM's name: ours
     "h11_max_header_count": "max_headers",
     "h11_max_incomplete_event_size": "max_header_bytes",
     "shutdown_timeout": "shutdown_timeout_s",
+    "uvicorn_log_level": "log_level",
 }
 _SWITCHES = ("disable_", "enable_", "fail_on_", "trust_", "use_", "worker_use_")
 _PREFIX = "compat_"
@@ -50,7 +70,8 @@ def add_compat_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             options["type"] = action.type
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
-    for name in sorted(NO_EFFECT | ONLY.keys() | set(_NO_EFFECT.split()) | _ONLY.keys()):
+    others = {"structured_outputs_config", *_NO_EFFECT.split(), *_ONLY}
+    for name in sorted(NO_EFFECT | ONLY.keys() | others):
         flag = f"--{name.replace('_', '-')}"
         if flag in parser._option_string_actions:
             continue
@@ -80,8 +101,10 @@ def check_compat_arguments(values: dict[str, Any]) -> None:
         if name in given and given[name] not in allowed:
             raise UsageError(
                 f"--{name.replace('_', '-')} {given[name]} is not supported; leave it out"
+                f"{_INSTEAD.get(name, '')}"
             )
-    engine_config("demo", {name: value for name, value in given.items() if name in ONLY})
+    checked = ONLY.keys() | {"structured_outputs_config"}
+    engine_config("demo", {name: value for name, value in given.items() if name in checked})
 
 
 def _value(text: str) -> Any:

@@ -27,6 +27,8 @@ HELP = {
     "served_model_name": "name under which the model is shown",
     "generation_config": "where sampling defaults come from: auto (the model), vllm (none), or a "
     "folder",
+    "override_generation_config": "JSON object of sampling defaults that win over those, such as "
+    '{"temperature":0.6}',
     "chat_template": "a file with a Jinja chat template, or the template itself",
     "load_format": "which weights to load; dummy: random ones",
     "dtype": f"type of weights and activations: {', '.join(DTYPES)}. auto is float32 on the CPU, "

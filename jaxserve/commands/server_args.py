@@ -1,6 +1,7 @@
 """The server's flags, made from the fields of `ServerConfig` and `RequestLimits`."""
 
 import argparse
+import json
 import typing
 from dataclasses import Field, fields
 from pathlib import Path
@@ -47,6 +48,7 @@ HELP = {
     "enable_log_outputs": "log outputs, too",
     "max_log_len": "characters of a prompt or output in the log, at most",
     "disable_access_log": "log no line for each request",
+    "log_level": "from which level on to log: debug, info, warning, error or critical",
     "log_format": "text, or json: one object a line",
     "metrics_prefix": "jaxserve, or vllm for dashboards made for it",
     "otlp_traces_endpoint": "send OpenTelemetry traces there, such as http://localhost:4318",
@@ -127,10 +129,28 @@ def server_config(values: dict[str, Any]) -> ServerConfig:
 def _among(values: dict[str, Any], kind: type) -> dict[str, Any]:
     names = {field.name for field in fields(kind)} - _NOT_A_FLAG
     return {
-        name: tuple(value) if isinstance(value, list) else value
+        name: _items(name, value) if isinstance(value, list) else value
         for name, value in values.items()
         if name in names
     }
+
+
+def _items(name: str, values: list[str]) -> tuple[str, ...]:
+    """Several values of a flag; as with vLLM, also one JSON list of them.
+
+    Raises:
+        UsageError: What begins like a JSON list is none of strings.
+    """
+    if len(values) != 1 or not values[0].startswith("["):
+        return tuple(values)
+    try:
+        found = json.loads(values[0])
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        flag = f"--{name.replace('_', '-')}"
+        raise UsageError(f"{flag} {values[0]!r} is no JSON list of strings; write {flag} A B")
+    return tuple(found)
 
 
 def _api_keys(values: dict[str, Any]) -> tuple[str, ...]:

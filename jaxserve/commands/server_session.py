@@ -1,6 +1,5 @@
 """A server from its settings to its end."""
 
-import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -17,8 +16,7 @@ def serve_model(engine: EngineConfig, config: "ServerConfig") -> int:
     from jaxserve.server.logs import configure_logging
     from jaxserve.server.serve import address, open_socket, run
 
-    level = os.environ.get("JAXSERVE_LOG_LEVEL", "INFO")
-    configure_logging(level=level, log_format=config.log_format, secrets=config.api_keys)
+    configure_logging(level=config.log_level, log_format=config.log_format, secrets=config.api_keys)
     check_parsers(config)  # before the model, which takes its time
     start = time.monotonic()
     sock = open_socket(config)  # before the model, so that a taken port shows at once

@@ -59,17 +59,29 @@ def read_generation_config(choice: str, own: Mapping[str, Any]) -> Mapping[str, 
     return found
 
 
-def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+def default_sampling(
+    generation_config: Mapping[str, Any], override: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The values that a generation config sets, by the names of `SamplingParams`.
 
+    Args:
+        override: The operator's, laid over it.
+
     Raises:
+        ConfigError: A key or a value of `override` is not allowed.
         CheckpointError: A value is not allowed.
     """
-    found = {
-        field: generation_config[key]
-        for key, field in _FIELDS.items()
-        if generation_config.get(key) is not None
-    }
+    override = override or {}
+    unknown = sorted(override.keys() - _FIELDS.keys())
+    if unknown:
+        raise ConfigError(
+            f"override_generation_config sets {unknown[0]!r:.80}; use {', '.join(_FIELDS)}"
+        )
+    try:
+        SamplingParams(**_sampling_fields(override))
+    except RequestError as error:
+        raise ConfigError(f"override_generation_config: {error}") from None
+    found = _sampling_fields({**generation_config, **override})
     try:
         SamplingParams(**found)
     except RequestError as error:
@@ -78,6 +90,14 @@ def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
             "generation_config='vllm' (--generation-config vllm) to ignore it"
         ) from None
     return found
+
+
+def _sampling_fields(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        field: generation_config[key]
+        for key, field in _FIELDS.items()
+        if generation_config.get(key) is not None
+    }
 
 
 def end_tokens(

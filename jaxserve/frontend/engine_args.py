@@ -22,7 +22,7 @@ _NO_EFFECT = """
     max_parallel_loading_workers max_seq_len_to_capture mm_processor_cache_gb
     mm_processor_kwargs model_loader_extra_config multi_step_stream_outputs num_scheduler_steps
     optimization_level performance_mode prefix_caching_hash_algo preemption_mode
-    safetensors_load_strategy shutdown_timeout structured_outputs_config swap_space
+    safetensors_load_strategy shutdown_timeout swap_space
     use_v2_block_manager worker_use_ray
 """
 NO_EFFECT = frozenset(_NO_EFFECT.split())
@@ -44,7 +44,6 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "logits_processors": (None, []),
     "logprobs_mode": ("raw_logprobs",),
     "model_impl": ("auto",),
-    "override_generation_config": (None, {}),
     "override_pooler_config": (None,),
     "pipeline_parallel_size": (1,),
     "pooler_config": (None,),
@@ -61,6 +60,16 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "tokenizer_mode": ("auto", "hf", "fast"),
     "trust_request_chat_template": (False,),
 }
+# The same within an object: other keys are refused, and those that are not here have any value.
+STRUCTURED_OUTPUTS: Mapping[str, tuple[Any, ...] | None] = {
+    "backend": None,  # there is one
+    "disable_fallback": None,
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+    "enable_in_reasoning": (False,),
+    "reasoning_parser": ("", None),
+    "reasoning_parser_plugin": ("", None),
+}
 _FIELDS = frozenset(field.name for field in fields(EngineConfig))
 
 
@@ -71,9 +80,10 @@ def engine_config(model: str, given: Mapping[str, Any], **defaults: Any) -> Engi
         ConfigError: A name is unknown, or a value is not allowed.
         UnsupportedError: A value asks for something that is not implemented.
     """
-    known = sorted(_FIELDS | NO_EFFECT | ONLY.keys())
+    known = sorted(_FIELDS | NO_EFFECT | ONLY.keys() | {"structured_outputs_config"})
     problems = []
     given = dict(given)
+    _check_structured_outputs(given.pop("structured_outputs_config", None))
     if given.pop("hf_token", None) not in (None, True):  # never shown
         problems.append("hf_token is not taken as an argument; set HF_TOKEN in the environment")
     if given.get("max_model_len") in (-1, "auto"):  # as in vLLM: what the model allows
@@ -95,3 +105,16 @@ def engine_config(model: str, given: Mapping[str, Any], **defaults: Any) -> Engi
         raise UnsupportedError("; ".join(refused))
     own = {name: value for name, value in given.items() if name in _FIELDS}
     return EngineConfig(**{**defaults, **own, "model": model})
+
+
+def _check_structured_outputs(given: Any) -> None:
+    """Raises UnsupportedError for a `structured_outputs_config` that would change something."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"structured_outputs_config={given!r:.80} is not an object; leave it out")
+    for key, value in (given or {}).items():
+        allowed = STRUCTURED_OUTPUTS.get(key, ())
+        if allowed is not None and value not in allowed:
+            raise UnsupportedError(
+                f"structured_outputs_config.{key}={value!r:.80} is not supported; leave it out "
+                "(reasoning parsers have a flag of their own, --reasoning-parser)"
+            )

@@ -49,7 +49,10 @@ class Processor:
         self._max_logprobs = config.max_logprobs
         own = checkpoint.generation_config
         self.end_tokens = end_tokens(own, checkpoint.config, tokenizer, vocab_size)
-        self._defaults = default_sampling(read_generation_config(config.generation_config, own))
+        self._defaults = default_sampling(
+            read_generation_config(config.generation_config, own),
+            config.override_generation_config,
+        )
         self.grammars = None
         vocabulary = grammar_vocabulary(checkpoint, tokenizer)
         if vocabulary is not None:

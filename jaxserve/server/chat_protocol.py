@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from jaxserve.server.fields import NonNegative, Positive, SamplingFields
+from jaxserve.server.fields import NumLogprobs, Positive, SamplingFields
 from jaxserve.server.logprobs import ChatLogprobs, PromptLogprobsOut
 from jaxserve.server.messages import Tool, ToolChoice
 from jaxserve.server.usage import Usage
@@ -17,7 +17,7 @@ class ChatCompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: NonNegative | Literal[-1] | None = None
+    top_logprobs: NumLogprobs | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

@@ -19,6 +19,7 @@ from jaxserve.server.context import Context
 from jaxserve.server.errors import invalid
 from jaxserve.server.fields import (
     NonNegative,
+    NumLogprobs,
     SamplingFields,
     check_stream_options,
     refuse_unsupported,
@@ -44,7 +45,7 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
 
     prompt: str | list[Any]
     max_tokens: NonNegative | None = DEFAULT_MAX_TOKENS
-    logprobs: NonNegative | None = None
+    logprobs: NumLogprobs | None = None
     echo: bool | None = None
     best_of: NonNegative | None = None
     suffix: str | None = None

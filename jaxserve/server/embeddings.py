@@ -17,7 +17,7 @@ from jaxserve.server.body import read_object
 from jaxserve.server.completions import list_of_prompts
 from jaxserve.server.context import Context
 from jaxserve.server.errors import APIError
-from jaxserve.server.fields import Name, Positive
+from jaxserve.server.fields import Name, Positive, Priority
 from jaxserve.server.schema import read
 from jaxserve.server.submitting import priority_of, request_name, submit
 from jaxserve.server.usage import Counter, Usage
@@ -34,7 +34,7 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
-    priority: int | None = None
+    priority: Priority | None = None
     request_id: Annotated[str, Meta(max_length=128)] | None = None
     cache_salt: str | None = None
 

@@ -14,9 +14,11 @@ from jaxserve.server_config import RequestLimits
 
 NonNegative = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
+NumLogprobs = Annotated[int, Meta(ge=-1)]  # -1: of the whole vocabulary
 Name = Annotated[str, Meta(max_length=1024)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 INT64 = 2**63 - 1
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31)]
 Seed = Annotated[int, Meta(ge=-INT64 - 1, le=INT64)]
 
 
@@ -64,12 +66,12 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
+    prompt_logprobs: NumLogprobs | None = None
     allowed_token_ids: Annotated[list[NonNegative], Meta(min_length=1)] | None = None
     bad_words: list[str] | None = None
     structured_outputs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] | None = None
+    priority: Priority | None = None
     request_id: Annotated[str, Meta(max_length=128)] | None = None
     session_id: Name | None = None  # no effect on one engine
     cache_salt: str | None = None

@@ -69,11 +69,13 @@ def completion_logprobs(
 
     Args:
         positions: None for the first token of a prompt, which has none.
+        num: -1: all.
         offset: Characters in front, of the tokens' texts.
         as_ids: Write `token_id:N` for a token's text.
         first_token: Text of a position that is None.
     """
     result = CompletionLogprobs()
+    most = None if num == -1 else num + 1
     for position in positions:
         result.text_offset.append(offset)
         if not position:
@@ -89,7 +91,7 @@ def completion_logprobs(
         result.top_logprobs.append(
             {
                 _name(i, entry, as_ids): _floor(entry.logprob)
-                for i, entry in islice(position.items(), num + 1)
+                for i, entry in islice(position.items(), most)
             }
         )
         offset += len(token)

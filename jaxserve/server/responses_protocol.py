@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from jaxserve.server.fields import Name, NonNegative, Penalty, Positive, Seed
+from jaxserve.server.fields import Name, NonNegative, Penalty, Positive, Priority, Seed
 from jaxserve.server.logprobs import ChatTokenLogprob
 
 type Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -102,7 +102,7 @@ class ResponsesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] | None = None
+    priority: Priority | None = None
     request_id: Annotated[str, Meta(max_length=128)] | None = None
     cache_salt: str | None = None
 

@@ -12,6 +12,8 @@ from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.context import Context
 from jaxserve.server.errors import SHUTTING_DOWN, invalid, overloaded
 
+MAX_PRIORITY = 2**31
+
 
 def request_name(request: Request, kind: str, given: str | None, separator: str = "-") -> str:
     """The answer's id: `cmpl-` and the like, then the header's, the body's or a random one."""
@@ -27,9 +29,12 @@ def priority_of(request: Request, given: int | None) -> int:
     if given is not None or header is None:
         return given or 0
     try:
-        return int(header)
+        value = int(header)
     except ValueError:
         raise invalid("the X-Priority header is not a whole number", "priority") from None
+    if abs(value) > MAX_PRIORITY:
+        raise invalid(f"the X-Priority header is beyond {MAX_PRIORITY}", "priority")
+    return value
 
 
 async def submit(

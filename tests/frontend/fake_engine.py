@@ -166,6 +166,7 @@ class FakeEngine:
         num = request.sampling.logprobs
         if num is None:
             return None
+        num = self.vocab_size if num == -1 else num
         return tuple(
             TokenLogprobs((token, *range(num)), (-0.5, *(-1.0 - i for i in range(num))), 3)
             for token in tokens

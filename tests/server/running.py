@@ -3,10 +3,12 @@
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import httpx
+import pytest
 
 from jaxserve.async_llm import AsyncLLM
 from jaxserve.checkpoint import Checkpoint
@@ -16,11 +18,12 @@ from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import Request
 from jaxserve.server.app import Application, make_app
 from jaxserve.server.serve import open_socket, serve
-from jaxserve.server_config import ServerConfig
+from jaxserve.server_config import RequestLimits, ServerConfig
 from tests.frontend.fake_engine import FakeEngine
 
 MODEL = "demo"
 EOS = 2
+LIMITS = RequestLimits(header_timeout_s=1.0, body_timeout_s=1.0)
 
 
 class RunningServer:
@@ -73,6 +76,7 @@ def scripted(
     answer: Answer | str,
     *,
     server: ServerConfig | None = None,
+    config: Mapping[str, Any] | None = None,
     ends: bool = True,
     **engine: Any,
 ) -> RunningServer:
@@ -80,6 +84,7 @@ def scripted(
 
     Args:
         answer: The text, or a function of the engine's request and the choice.
+        config: Of `EngineConfig`, such as chat_template.
         ends: With the EOS token; else its last token is repeated for ever.
         engine: Of `FakeEngine`: delay_s, refuse_after, tokens_per_step, max_model_len.
     """
@@ -90,7 +95,80 @@ def scripted(
         return [*ids, EOS] if ends else ids * 1000
 
     fake = FakeEngine(script, vocab_size=len(tokenizer), **engine)
-    config = EngineConfig(model=MODEL, load_format="dummy")
-    client = Client(config, fake, checkpoint, tokenizer)
+    settings = EngineConfig(model=MODEL, load_format="dummy", **(config or {}))
+    client = Client(settings, fake, checkpoint, tokenizer)
     fake.start()
     return RunningServer(AsyncLLM.from_client(client), server or ServerConfig(port=0))
+
+
+def engine_of(server: RunningServer) -> FakeEngine:
+    """The engine behind a scripted server."""
+    engine = server.llm.client.engine
+    assert isinstance(engine, FakeEngine)
+    return engine
+
+
+def prompt_of(server: RunningServer) -> str:
+    """The last prompt that the engine got."""
+    ids = engine_of(server).requests[-1].prompt_token_ids
+    return server.llm.get_tokenizer().decode(list(ids), skip_special_tokens=False)
+
+
+def kinds_of(events: Iterable[Any]) -> list[str]:
+    """Types of events in order, without repeated deltas."""
+    types = [event.type.removeprefix("response.") for event in events]
+    return [kind for i, kind in enumerate(types) if i == 0 or types[i - 1] != kind]
+
+
+def forced_call(request: Request, choice: int) -> str:
+    """An answer that the schema of a forced call allows: a list of calls, or one's arguments."""
+    listed = "array" in str(request.sampling.structured_outputs)
+    return '[{"name": "weather", "parameters": {"city": "Oslo"}}]' if listed else '{"city": "Oslo"}'
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
+    """Waits for what must come true soon."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+def check_leaving(server: RunningServer, route: str, body: dict[str, Any], word: str) -> None:
+    """A client that leaves an endless answer ends its request, unary and streaming.
+
+    Args:
+        word: In the first line of a stream that shows that tokens come.
+    """
+    engine = engine_of(server)
+    for stream in (True, False):
+        with server.http() as http:
+            if stream:
+                with http.stream("POST", route, json=body | {"stream": True}) as answer:
+                    lines = answer.iter_lines()  # kept: its end would close the answer
+                    next(line for line in lines if word in line)
+                    assert engine.num_running == 1
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    http.post(route, json=body, timeout=0.3)
+        until(lambda: engine.num_running == 0 and server.llm.client.num_unfinished == 0)
+
+
+def check(answer: httpx.Response, status: int, code: str | None, param: str | None = None) -> None:
+    """The oracle: status, shape, bounds."""
+    assert answer.status_code == status, answer.text[:500]
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-request-id"]
+    assert len(answer.content) <= 4096
+    body = answer.json()
+    if answer.request.url.path.startswith("/v1/messages"):  # Anthropic's shape, without codes
+        assert set(body) == {"type", "error", "request_id"}
+        assert set(body["error"]) == {"type", "message"}
+        assert body["error"]["message"]
+        return
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    assert body["error"]["code"] == code, body
+    if param is not None:
+        assert body["error"]["param"] == param, body

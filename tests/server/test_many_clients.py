@@ -3,31 +3,18 @@
 import asyncio
 import json
 import random
-import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from jaxserve import AsyncLLM
 from jaxserve.engine.engine import Engine
-from jaxserve.server_config import ServerConfig
-from tests.demo import DEMO
-from tests.server.running import RunningServer
+from tests.server.running import RunningServer, until
 
 NUM_CLIENTS = 200
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    llm = AsyncLLM("demo", **DEMO)
-    running = RunningServer(llm, ServerConfig(port=0))
-    yield running
-    running.stop()
-
-
 @pytest.mark.timeout(600)
-def test_clients_that_leave_at_random_leak_no_page(server: RunningServer) -> None:
+def test_clients_that_leave_at_random_leak_no_page(real: RunningServer) -> None:
     rng = random.Random(7)
     outcomes: list[str] = []
 
@@ -66,19 +53,19 @@ def test_clients_that_leave_at_random_leak_no_page(server: RunningServer) -> Non
 
     async def all_of_them() -> None:
         limits = httpx.Limits(max_connections=NUM_CLIENTS)
-        async with httpx.AsyncClient(base_url=server.url, timeout=240, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=real.url, timeout=240, limits=limits) as http:
             await asyncio.gather(*(one(http, i) for i in range(NUM_CLIENTS)))
 
     asyncio.run(all_of_them())
     assert outcomes.count("left") > NUM_CLIENTS / 2
     assert outcomes.count("served") >= 10
-    client = server.llm.client
-    _until(lambda: client.num_unfinished == 0)
+    client = real.llm.client
+    until(lambda: client.num_unfinished == 0, 20)
     engine = client.engine
     assert isinstance(engine, Engine)
-    _until(lambda: engine.scheduler.idle)
+    until(lambda: engine.scheduler.idle, 20)
     assert engine.scheduler.stats(None).num_used_blocks == 0
-    with server.http() as http:
+    with real.http() as http:
         assert http.get("/health").status_code == 200
         text = http.get("/metrics").text
         assert "jaxserve:num_requests_running" in text
@@ -87,11 +74,3 @@ def test_clients_that_leave_at_random_leak_no_page(server: RunningServer) -> Non
             json={"model": "demo", "prompt": "The capital of France is", "temperature": 0},
         )
         assert "Paris" in answer.json()["choices"][0]["text"]
-
-
-def _until(condition: object, timeout_s: float = 20) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)

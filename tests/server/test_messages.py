@@ -1,6 +1,5 @@
 """The Messages API: Anthropic's client against a scripted model, and what is refused."""
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,16 +7,19 @@ import anthropic
 import httpx
 import pytest
 
-from jaxserve.checkpoint import Checkpoint
-from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import Request
 from jaxserve.server.anthropic_input import as_chat
 from jaxserve.server.anthropic_protocol import MessagesRequest
 from jaxserve.server.schema import read
 from jaxserve.server_config import RequestLimits, ServerConfig
-from tests.frontend.fake_engine import FakeEngine
 from tests.server.conftest import Start
-from tests.server.running import RunningServer, scripted
+from tests.server.running import (
+    RunningServer,
+    check_leaving,
+    engine_of,
+    forced_call,
+    kinds_of,
+    prompt_of,
+)
 
 ROUTE, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 USER: Any = [{"role": "user", "content": "Hi"}]
@@ -53,24 +55,6 @@ def connect() -> Iterator[Callable[[RunningServer], Any]]:
 type Connect = Callable[[RunningServer], Any]  # its answers are checked by what they hold
 
 
-def engine_of(server: RunningServer) -> FakeEngine:
-    engine = server.llm.client.engine
-    assert isinstance(engine, FakeEngine)
-    return engine
-
-
-def prompt_of(server: RunningServer) -> str:
-    """The last prompt that the engine got."""
-    ids = engine_of(server).requests[-1].prompt_token_ids
-    return server.llm.get_tokenizer().decode(list(ids), skip_special_tokens=False)
-
-
-def short(events: list[Any]) -> list[str]:
-    """Types in order, without repeated deltas."""
-    types = [event.type for event in events]
-    return [t for i, t in enumerate(types) if i == 0 or types[i - 1] != t]
-
-
 def test_a_message_has_content_usage_and_a_reason(start: Start, connect: Connect) -> None:
     server = start("Hello there.")
     answer = connect(server).messages.create(
@@ -100,7 +84,7 @@ def test_a_stream_joins_to_the_whole(start: Start, connect: Connect) -> None:
     client = connect(server)
     whole = client.messages.create(model="demo", max_tokens=50, messages=USER)
     events = list(client.messages.create(model="demo", max_tokens=50, messages=USER, stream=True))
-    assert short(events) == [
+    assert kinds_of(events) == [
         "message_start", "content_block_start", "content_block_delta", "content_block_stop",
         "message_delta", "message_stop",
     ]  # fmt: skip
@@ -149,7 +133,7 @@ def test_thoughts_text_and_calls_are_blocks(start: Start, connect: Connect) -> N
     with client.messages.stream(**fields) as stream:
         streamed = stream.get_final_message()
     one_block = ["content_block_start", "content_block_delta", "content_block_stop"]
-    assert short(events) == ["message_start", *one_block * 4, "message_delta", "message_stop"]
+    assert kinds_of(events) == ["message_start", *one_block * 4, "message_delta", "message_stop"]
     deltas = [e for e in events if e.type == "content_block_delta"]
     assert {(e.index, e.delta.type) for e in deltas} == {
         (0, "thinking_delta"), (1, "text_delta"), (2, "input_json_delta"), (3, "input_json_delta"),
@@ -183,12 +167,6 @@ def test_thoughts_text_and_calls_are_blocks(start: Start, connect: Connect) -> N
     ]
     assert client.messages.create(**fields).stop_reason == "tool_use"
     assert prompt_of(server).count("Rain.") == 2
-
-
-def forced_call(request: Request, choice: int) -> str:
-    """What the schema of the request allows: a list of calls, or the arguments of one."""
-    listed = "array" in str(request.sampling.structured_outputs)
-    return '[{"name": "weather", "parameters": {"city": "Oslo"}}]' if listed else '{"city": "Oslo"}'
 
 
 def test_tool_choices_force_and_forbid(start: Start, connect: Connect) -> None:
@@ -294,19 +272,8 @@ def test_blocks_become_the_messages_of_their_turns() -> None:
 
 def test_a_client_that_leaves_ends_its_request(start: Start) -> None:
     server = start("word ", ends=False, delay_s=0.002, max_model_len=100_000)
-    engine = engine_of(server)
-    for stream in (True, False):
-        body = {"model": "demo", "messages": USER, "max_tokens": 90_000, "stream": stream}
-        with server.http() as http:
-            if stream:
-                with http.stream("POST", ROUTE, json=body) as answer:
-                    lines = answer.iter_lines()  # kept: its end would close the answer
-                    next(line for line in lines if "text_delta" in line)
-                    assert engine.num_running == 1
-            else:
-                with pytest.raises(httpx.ReadTimeout):
-                    http.post(ROUTE, json=body, timeout=0.3)
-        until(lambda: engine.num_running == 0 and server.llm.client.num_unfinished == 0)
+    body = {"model": "demo", "messages": USER, "max_tokens": 90_000}
+    check_leaving(server, ROUTE, body, "text_delta")
 
 
 def test_a_stream_that_fails_says_so(start: Start, connect: Connect) -> None:
@@ -351,19 +318,6 @@ def test_errors_have_anthropics_shape_on_these_routes_only(start: Start, connect
         other = http.post("/v1/messagesx", json={}, headers=key).json()
         assert set(other) == {"error"}
         assert set(http.get("/v1/models").json()) == {"error"}
-
-
-@pytest.fixture(scope="module")
-def idle(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[RunningServer]:
-    running = scripted(checkpoint, tokenizer, "Hello.", max_model_len=100)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
-def http(idle: RunningServer) -> Iterator[httpx.Client]:
-    with idle.http() as client:
-        yield client
 
 
 def user(*blocks: Any) -> dict[str, Any]:
@@ -447,11 +401,3 @@ def test_max_tokens_and_the_model_must_be_named(http: httpx.Client) -> None:
         assert "model is missing" in http.post(route, json=body).json()["error"]["message"]
         answer = http.post(route, json=body | {"model": "x"})
         assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
-    """Waits for what must come true soon."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)

@@ -1,12 +1,10 @@
 """The `openai` client against a scripted model: what OpenAI's and vLLM's users rely on."""
 
 import asyncio
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
 import openai
 import pydantic
 import pytest
@@ -15,9 +13,8 @@ from jaxserve.frontend.parsers.reasoning import Qwen3Parser
 from jaxserve.frontend.parsers.registry import REASONING_PARSERS
 from jaxserve.request import Request
 from jaxserve.server_config import ServerConfig
-from tests.frontend.fake_engine import FakeEngine
 from tests.server.conftest import Start
-from tests.server.running import RunningServer
+from tests.server.running import RunningServer, check_leaving, engine_of, until
 
 USER = [{"role": "user", "content": "Hi"}]
 WEATHER: Any = {
@@ -49,12 +46,6 @@ def connect() -> Iterator[Callable[[RunningServer], openai.OpenAI]]:
 
 
 type Connect = Callable[[RunningServer], openai.OpenAI]
-
-
-def engine_of(server: RunningServer) -> FakeEngine:
-    engine = server.llm.client.engine
-    assert isinstance(engine, FakeEngine)
-    return engine
 
 
 def test_models_are_listed_under_all_their_names(start: Start, connect: Connect) -> None:
@@ -384,20 +375,9 @@ def test_a_form_begins_behind_the_reasoning(
 
 def test_a_client_that_leaves_ends_its_request(start: Start) -> None:
     server = start("word ", ends=False, delay_s=0.002, max_model_len=100_000)
-    engine = engine_of(server)
-    for stream, route in itertools.product((True, False), ("completions", "chat/completions")):
-        body = {"model": "demo", "max_tokens": 90_000, "stream": stream}
-        body |= {"prompt": "a"} if route == "completions" else {"messages": USER}
-        with server.http() as http:
-            if stream:
-                with http.stream("POST", f"/v1/{route}", json=body) as answer:
-                    lines = answer.iter_lines()
-                    next(lines)
-                    assert engine.num_running == 1
-            else:
-                with pytest.raises(httpx.ReadTimeout):
-                    http.post(f"/v1/{route}", json=body, timeout=0.3)
-        _until(lambda: engine.num_running == 0 and server.llm.client.num_unfinished == 0)
+    body = {"model": "demo", "max_tokens": 90_000}
+    check_leaving(server, "/v1/completions", body | {"prompt": "a"}, "word")
+    check_leaving(server, "/v1/chat/completions", body | {"messages": USER}, "word")
 
 
 def test_a_request_past_its_time_gets_504_and_ends(start: Start) -> None:
@@ -411,7 +391,7 @@ def test_a_request_past_its_time_gets_504_and_ends(start: Start) -> None:
             lines = [line for line in stream.iter_lines() if line]
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "timeout"
     assert lines[-1] == "data: [DONE]"
-    _until(lambda: engine_of(server).num_running == 0)
+    until(lambda: engine_of(server).num_running == 0)
 
 
 def test_a_full_queue_asks_to_come_back(start: Start) -> None:
@@ -444,7 +424,7 @@ def test_a_key_has_so_many_requests_at_a_time(start: Start) -> None:
             assert refused.json()["error"]["type"] == "rate_limit_error"
             assert refused.headers["retry-after"]
             assert http.get("/v1/models", headers=b).status_code == 200
-        _until(lambda: http.get("/v1/models", headers=a).status_code == 200)
+        until(lambda: http.get("/v1/models", headers=a).status_code == 200)
 
 
 def test_keys_do_not_share_prefixes(start: Start) -> None:
@@ -515,13 +495,3 @@ def test_cross_origin_calls_are_off_unless_asked_for(start: Start) -> None:
         answer = http.options("/v1/chat/completions", headers=headers)
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
-
-
-def _until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
-    """Waits for what must come true soon."""
-    import time
-
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)

@@ -3,7 +3,6 @@
 import itertools
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,9 +12,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sy
 
 from jaxserve.request import Request
 from jaxserve.server_config import ServerConfig
-from tests.frontend.fake_engine import FakeEngine
 from tests.server.conftest import Start
-from tests.server.running import RunningServer
+from tests.server.running import RunningServer, engine_of, until
 
 NAMES = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -94,12 +92,6 @@ def visit(browser: Browser) -> Iterator[Visit]:
     assert not complaints
 
 
-def engine_of(server: RunningServer) -> FakeEngine:
-    engine = server.llm.client.engine
-    assert isinstance(engine, FakeEngine)
-    return engine
-
-
 def send(page: Page, text: str) -> None:
     box = page.get_by_label("Message", exact=True)
     box.fill(text)
@@ -108,13 +100,6 @@ def send(page: Page, text: str) -> None:
 
 def answer_of(page: Page) -> str:
     return page.locator(".assistant .text").last.inner_text()
-
-
-def until(what: Callable[[], object], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.02)
 
 
 @needs_browser

@@ -12,9 +12,6 @@ import numpy as np
 import openai
 import pytest
 
-from jaxserve import AsyncLLM
-from jaxserve.server_config import ServerConfig
-from tests.demo import DEMO
 from tests.server.running import RunningServer
 
 CITY = {
@@ -30,22 +27,13 @@ CITY = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    llm = AsyncLLM("demo", **DEMO)
-    config = ServerConfig(port=0, enable_auto_tool_choice=True, tool_call_parser="hermes")
-    running = RunningServer(llm, config)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as made:
+def client(real: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{real.url}/v1", api_key="-", max_retries=0) as made:
         yield made
 
 
 def test_greedy_text_is_that_of_the_engine_whole_and_streamed(
-    server: RunningServer, client: openai.OpenAI
+    real: RunningServer, client: openai.OpenAI
 ) -> None:
     prompt = "The capital of France is"
     whole = client.completions.create(model="demo", prompt=prompt, max_tokens=12, temperature=0)
@@ -55,7 +43,7 @@ def test_greedy_text_is_that_of_the_engine_whole_and_streamed(
             model="demo", prompt=prompt, max_tokens=12, temperature=0, stream=True
         )
     )
-    ids: Any = server.llm.get_tokenizer().encode(prompt)
+    ids: Any = real.llm.get_tokenizer().encode(prompt)
     by_ids = client.completions.create(model="demo", prompt=ids, max_tokens=12, temperature=0)
     assert "Paris" in whole.choices[0].text
     assert streamed == whole.choices[0].text == by_ids.choices[0].text
@@ -143,7 +131,7 @@ def test_forced_tools_are_called_with_arguments_that_fit(client: openai.OpenAI) 
 
 
 def test_embeddings_have_length_one_and_tell_texts_apart(
-    server: RunningServer, client: openai.OpenAI
+    real: RunningServer, client: openai.OpenAI
 ) -> None:
     texts = ["A cat sat on the mat.", "A dog lay on the rug.", "Stocks fell by three percent."]
     answer = client.embeddings.create(model="demo", input=texts, encoding_format="float")
@@ -154,7 +142,7 @@ def test_embeddings_have_length_one_and_tell_texts_apart(
     assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0
     alone = client.embeddings.create(model="demo", input=texts[2])  # base64 by itself
     assert np.allclose(alone.data[0].embedding, vectors[2], atol=2e-4)
-    with server.http() as http:
+    with real.http() as http:
         body = {"model": "demo", "input": texts[2], "encoding_format": "base64", "dimensions": 64}
         raw = http.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]
     short = np.frombuffer(base64.b64decode(raw), "<f4")
@@ -200,9 +188,9 @@ def test_free_text_may_hold_forms(client: openai.OpenAI) -> None:
                 jsonschema.validate(json.loads(inner), CITY)
 
 
-def test_metrics_count_what_was_served(server: RunningServer, client: openai.OpenAI) -> None:
+def test_metrics_count_what_was_served(real: RunningServer, client: openai.OpenAI) -> None:
     def read(name: str) -> float:
-        with server.http() as http:
+        with real.http() as http:
             text = http.get("/metrics").text
         lines = [line for line in text.splitlines() if line.startswith(f"jaxserve:{name}{{")]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)

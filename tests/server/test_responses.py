@@ -1,7 +1,6 @@
 """The Responses API: OpenAI's client against a scripted model, and what is refused."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,16 +8,19 @@ import httpx
 import openai
 import pytest
 
-from jaxserve.checkpoint import Checkpoint
-from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import Request
 from jaxserve.server.responses_input import as_chat
 from jaxserve.server.responses_protocol import ResponsesRequest
 from jaxserve.server.schema import read
 from jaxserve.server_config import RequestLimits, ServerConfig
-from tests.frontend.fake_engine import FakeEngine
 from tests.server.conftest import Start
-from tests.server.running import RunningServer, scripted
+from tests.server.running import (
+    RunningServer,
+    check_leaving,
+    engine_of,
+    forced_call,
+    kinds_of,
+    prompt_of,
+)
 
 ROUTE = "/v1/responses"
 WEATHER: Any = {
@@ -52,18 +54,6 @@ def connect() -> Iterator[Callable[[RunningServer], Any]]:
 type Connect = Callable[[RunningServer], Any]  # its answers are checked by what they hold
 
 
-def engine_of(server: RunningServer) -> FakeEngine:
-    engine = server.llm.client.engine
-    assert isinstance(engine, FakeEngine)
-    return engine
-
-
-def prompt_of(server: RunningServer) -> str:
-    """The last prompt that the engine got."""
-    ids = engine_of(server).requests[-1].prompt_token_ids
-    return server.llm.get_tokenizer().decode(list(ids), skip_special_tokens=False)
-
-
 def events_of(stream: Any) -> list[Any]:
     """All events, with what holds of every stream checked."""
     events = list(stream)
@@ -71,12 +61,6 @@ def events_of(stream: Any) -> list[Any]:
     assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
     assert {event.response.status for event in events[:2]} == {"in_progress"}
     return events
-
-
-def short(events: list[Any]) -> list[str]:
-    """Types in order, without repeated deltas."""
-    types = [event.type.removeprefix("response.") for event in events]
-    return [t for i, t in enumerate(types) if i == 0 or types[i - 1] != t]
 
 
 def test_a_response_has_text_usage_and_what_was_asked(start: Start, connect: Connect) -> None:
@@ -109,7 +93,7 @@ def test_a_stream_joins_to_the_whole(start: Start, connect: Connect) -> None:
     client = connect(start("Grüße, 世界! \U0001f600 ok", delay_s=0.002))
     whole = client.responses.create(model="demo", input="Hi")
     events = events_of(client.responses.create(model="demo", input="Hi", stream=True))
-    assert short(events) == [
+    assert kinds_of(events) == [
         "created", "in_progress", "output_item.added", "content_part.added", "output_text.delta",
         "output_text.done", "content_part.done", "output_item.done", "completed",
     ]  # fmt: skip
@@ -173,7 +157,7 @@ def test_calls_are_items_whole_and_streamed(start: Start, connect: Connect) -> N
         "output_item.added", "function_call_arguments.delta", "function_call_arguments.done",
         "output_item.done",
     ]  # fmt: skip
-    assert short(events)[-9:] == [*one_call, *one_call, "completed"]
+    assert kinds_of(events)[-9:] == [*one_call, *one_call, "completed"]
     first = events[-1].response.output[1]
     deltas = [e for e in events if e.type == "response.function_call_arguments.delta"]
     assert "".join(e.delta for e in deltas if e.item_id == first.id) == first.arguments
@@ -182,12 +166,6 @@ def test_calls_are_items_whole_and_streamed(start: Start, connect: Connect) -> N
         model="demo", input="Hi", tools=[WEATHER], parallel_tool_calls=False
     )
     assert [item.type for item in single.output] == ["message", "function_call"]
-
-
-def forced_call(request: Request, choice: int) -> str:
-    """What the schema of the request allows: a list of calls, or the arguments of one."""
-    listed = "array" in str(request.sampling.structured_outputs)
-    return '[{"name": "weather", "parameters": {"city": "Oslo"}}]' if listed else '{"city": "Oslo"}'
 
 
 def test_tool_choices_force_and_allow(start: Start, connect: Connect) -> None:
@@ -216,7 +194,7 @@ def test_reasoning_is_an_item_of_its_own(start: Start, connect: Connect) -> None
     client = connect(start("<think>Hm, well.</think>Yes.", server=config, delay_s=0.002))
     whole = client.responses.create(model="demo", input="Hi")
     events = events_of(client.responses.create(model="demo", input="Hi", stream=True))
-    assert short(events)[2:8] == [
+    assert kinds_of(events)[2:8] == [
         "output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done",
         "content_part.done", "output_item.done",
     ]  # fmt: skip
@@ -320,19 +298,8 @@ def test_what_was_answered_can_be_sent_back(start: Start, connect: Connect) -> N
 
 def test_a_client_that_leaves_ends_its_request(start: Start) -> None:
     server = start("word ", ends=False, delay_s=0.002, max_model_len=100_000)
-    engine = engine_of(server)
-    for stream in (True, False):
-        body = {"model": "demo", "input": "Hi", "max_output_tokens": 90_000, "stream": stream}
-        with server.http() as http:
-            if stream:
-                with http.stream("POST", ROUTE, json=body) as answer:
-                    lines = answer.iter_lines()  # kept: its end would close the answer
-                    next(line for line in lines if "output_text.delta" in line)
-                    assert engine.num_running == 1
-            else:
-                with pytest.raises(httpx.ReadTimeout):
-                    http.post(ROUTE, json=body, timeout=0.3)
-        until(lambda: engine.num_running == 0 and server.llm.client.num_unfinished == 0)
+    body = {"model": "demo", "input": "Hi", "max_output_tokens": 90_000}
+    check_leaving(server, ROUTE, body, "output_text.delta")
 
 
 def test_a_stream_that_fails_says_so(start: Start, connect: Connect) -> None:
@@ -379,19 +346,6 @@ def test_a_full_queue_asks_to_come_back(start: Start) -> None:
             body = {"model": "demo", "input": "Hi", "stream": stream}
             answer = http.post(ROUTE, json=body)
             assert (answer.status_code, bool(answer.headers["retry-after"])) == (503, True)
-
-
-@pytest.fixture(scope="module")
-def idle(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[RunningServer]:
-    running = scripted(checkpoint, tokenizer, "Hello.", max_model_len=100)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
-def http(idle: RunningServer) -> Iterator[httpx.Client]:
-    with idle.http() as client:
-        yield client
 
 
 IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "http://a/b"}]}
@@ -478,11 +432,3 @@ def test_models_must_be_named_and_known(http: httpx.Client) -> None:
     answer = http.post(ROUTE, json={"input": "hi", "model": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
     assert http.get(ROUTE).status_code == 405
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
-    """Waits for what must come true soon."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)

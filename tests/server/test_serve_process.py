@@ -16,6 +16,8 @@ import httpx
 import openai
 import pytest
 
+from tests.server.running import until
+
 SMALL = (
     "--max-model-len=256", "--max-num-seqs=8", "--max-num-batched-tokens=64",
     "--num-gpu-blocks-override=40", "--layer-loop=scan",
@@ -107,7 +109,7 @@ def test_a_server_starts_serves_and_drains_on_sigterm(launch: Any, tmp_path: Pat
     texts = [next(iter(stream)).choices[0].text for stream in streams]
     process.popen.send_signal(signal.SIGTERM)
     with httpx.Client(base_url=url) as http:
-        _until(lambda: http.get("/ready").status_code == 503)
+        until(lambda: http.get("/ready").status_code == 503)
         assert http.get("/health").status_code == 200
         refused = http.post(
             "/v1/completions",
@@ -241,10 +243,3 @@ def test_a_unix_socket_serves_and_is_taken_away(launch: Any, tmp_path: Path) -> 
     process.popen.send_signal(signal.SIGINT)
     assert process.end() == 0
     assert not path.exists()
-
-
-def _until(condition: Any, timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
