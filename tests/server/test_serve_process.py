@@ -176,7 +176,7 @@ def test_a_taken_port_shows_before_the_model_loads(launch: Any) -> None:
         (["--quantization=awq"], "quantization"),
         (["--enable-lora"], "enable_lora"),
         (["--api-server-count=2"], "api-server-count"),
-        (["--log-config-file=x"], "unknown flag"),
+        (["--log-config-file=x"], "use --log-level"),
     ],
 )
 def test_a_wrong_flag_is_told_in_one_line(launch: Any, flags: list[str], words: str) -> None:
