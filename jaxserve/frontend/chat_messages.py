@@ -52,9 +52,8 @@ def _message(index: int, message: Mapping[str, Any], keep_parts: bool) -> dict[s
         )
     reasoning = next((result[key] for key in _REASONING if key in result), None)
     if reasoning is not None:
-        result = {
-            "thinking": reasoning, "reasoning": reasoning, **result, "reasoning_content": reasoning,
-        }  # fmt: skip
+        result = {"thinking": reasoning, "reasoning": reasoning, **result}
+        result["reasoning_content"] = reasoning
     if "tool_calls" in result:
         result["tool_calls"] = _tool_calls(where, result["tool_calls"])
         result.setdefault("content", "")  # templates read it, though APIs leave it out then
