@@ -103,6 +103,7 @@ class AsyncLLM:
         shut_down_with(self, client)
         self.config = client.config
         self.vocab_size = client.vocab_size
+        self.hidden_size = client.hidden_size
         self.max_model_len = client.max_model_len
         self._mailboxes: dict[str, _Mailbox] = {}  # by the engine's request id
         self._lock = threading.Lock()

@@ -43,6 +43,7 @@ class EngineLike(Protocol):
     """What the client needs of an engine."""
 
     vocab_size: int
+    hidden_size: int
     max_model_len: int
     outbox: queue.SimpleQueue[EngineOutput]
 
@@ -80,6 +81,7 @@ class Client:
         self._matchers = matchers
         self.tokenizer = tokenizer
         self.vocab_size = engine.vocab_size
+        self.hidden_size = engine.hidden_size
         self.max_model_len = engine.max_model_len
         self.processor = Processor(
             config, checkpoint, tokenizer, engine.vocab_size, engine.max_model_len

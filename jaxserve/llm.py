@@ -9,7 +9,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDeadError, RequestError
 from jaxserve.frontend.beam_search import beam_search
 from jaxserve.frontend.engine_args import engine_config
-from jaxserve.frontend.pooling import embedding, pooling_params
+from jaxserve.frontend.pooling import check_dimensions, embedding, pooling_params
 from jaxserve.frontend.progress import Progress
 from jaxserve.frontend.prompts import ParsedPrompt, Prompt, is_token_ids
 from jaxserve.frontend.request_state import RequestState
@@ -152,8 +152,9 @@ class LLM:
             dimensions: Only the first so many, for models that are trained for it.
 
         Raises:
-            RequestError: A prompt is refused; none of them runs then.
+            RequestError: A prompt is refused, or `dimensions` is; none of them runs then.
         """
+        check_dimensions(dimensions, self.client.hidden_size)
         outputs = self._generate(
             _as_list(prompts), pooling_params(), use_tqdm, None, None, pools=True
         )

@@ -60,6 +60,7 @@ class Engine:
         self.runner = Runner(config, checkpoint)
         s = self.runner.settings
         self.vocab_size = self.runner.spec.vocab_size
+        self.hidden_size = self.runner.spec.hidden_size
         self.max_model_len = s.max_model_len
         self.scheduler = Scheduler(
             groups=self.runner.kv_groups,

@@ -11,18 +11,17 @@ def pooling_params() -> SamplingParams:
     return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
 
 
-def embedding(pooled: np.ndarray, dimensions: int | None = None) -> np.ndarray:
-    """A hidden state [D] as a vector of length 1, cut to `dimensions` first (arXiv 2205.13147).
+def check_dimensions(dimensions: int | None, hidden_size: int) -> None:
+    """Raises RequestError where a hidden state cannot be cut to so many dimensions."""
+    if dimensions is not None and not 1 <= dimensions <= hidden_size:
+        raise RequestError(
+            f"dimensions={dimensions} is not allowed; use 1 to {hidden_size}",
+            param="dimensions",
+            code="invalid_value",
+        )
 
-    Raises:
-        RequestError: There are fewer dimensions.
-    """
-    if dimensions is not None:
-        if not 1 <= dimensions <= pooled.size:
-            raise RequestError(
-                f"dimensions={dimensions} is not allowed; use 1 to {pooled.size}",
-                param="dimensions",
-                code="invalid_value",
-            )
-        pooled = pooled[:dimensions]
+
+def embedding(pooled: np.ndarray, dimensions: int | None = None) -> np.ndarray:
+    """A hidden state [D] as a vector of length 1, cut to `dimensions` first (arXiv 2205.13147)."""
+    pooled = pooled[:dimensions]
     return pooled / max(float(np.linalg.norm(pooled)), 1e-12)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from jaxserve.async_llm import OutputStream
 from jaxserve.errors import RequestError
-from jaxserve.frontend.pooling import embedding, pooling_params
+from jaxserve.frontend.pooling import check_dimensions, embedding, pooling_params
 from jaxserve.server.answers import CLIENT_LEFT, json_response, unless_gone
 from jaxserve.server.body import read_object
 from jaxserve.server.completions import list_of_prompts
@@ -60,6 +60,7 @@ async def embeddings(request: Request) -> Response:
     data = await read_object(request, limits)
     body = read(EmbeddingRequest, data, allow_unknown=context.config.allow_unknown_fields)
     model = context.check_model(body.model)
+    check_dimensions(body.dimensions, context.llm.hidden_size)
     prompts = []
     for prompt in list_of_prompts(body.input, limits, "input"):
         try:

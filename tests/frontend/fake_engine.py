@@ -13,6 +13,8 @@ from jaxserve.request import Abort, Request, RequestTimes, TokenDelta, TokenLogp
 from jaxserve.scheduler.limits import Limits
 from jaxserve.step import EngineOutput, StepStats
 
+HIDDEN_SIZE = 8
+
 type Script = Callable[[Request, int], Sequence[int]]
 
 
@@ -34,6 +36,7 @@ class FakeEngine:
         num_blocks: int | None = None,
     ) -> None:
         self.vocab_size = vocab_size
+        self.hidden_size = HIDDEN_SIZE
         self.max_model_len = max_model_len
         self.num_late_compiles = 0
         self.outbox: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
@@ -129,7 +132,7 @@ class FakeEngine:
                 request_id=request.request_id,
                 choice=key[1],
                 token_ids=(),
-                pooled=np.arange(1, 9, dtype=np.float32),
+                pooled=np.arange(1, HIDDEN_SIZE + 1, dtype=np.float32),
                 finish_reason="stop",
                 times=RequestTimes(request.arrival_s, 1.0, 2.0, 3.0),
             )
