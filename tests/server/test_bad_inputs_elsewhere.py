@@ -272,3 +272,28 @@ def test_a_full_queue_and_a_draining_server_ask_to_come_back_on_every_route(star
                     if "/v1/messages" not in route:
                         assert answer.json()["error"]["type"] == "service_unavailable_error"
         assert running.llm.client.num_unfinished == 0
+
+
+def counted(http: httpx.Client) -> list[str]:
+    """What the engine has computed and holds."""
+    names = ("prompt_tokens", "generation_tokens", "iteration_tokens", "kv_cache_usage")
+    names += ("num_requests", "prefix_cache", "late_compiles")
+    lines = http.get("/metrics").text.splitlines()
+    found = [line for line in lines if line.startswith(tuple(f"jaxserve:{n}" for n in names))]
+    assert len(found) > len(names)
+    return found
+
+
+def test_nothing_bad_costs_a_real_engine_a_step_or_a_page(real: RunningServer) -> None:
+    rows = {COMPLETIONS: BOTH + OF_COMPLETIONS, CHAT: BOTH + OF_CHAT}
+    rows |= {route: rows_of(route) for route in NAMES}
+    with real.http() as http:
+        before = counted(http)
+        for route, changes in rows.items():
+            for change, _, _ in changes:
+                # Of this server, whose limits are larger and which has a parser of calls.
+                if len(str(change)) > 10_000 or change.get("tool_choice") == "auto":
+                    continue
+                for answer in send(http, route, change):
+                    assert answer.status_code in (400, 404), (route, change, answer.text[:200])
+                assert counted(http) == before, (route, change)
