@@ -203,6 +203,61 @@ def test_the_flags_of_vllm_serve_are_known() -> None:
     assert "disable_access_log: True  # command line" in result.stdout
 
 
+# A flag of vllm serve with its values, and what becomes of it.
+FLAGS = {
+    "--served-model-name a b": "served_model_name: ('a', 'b')",
+    "--tokenizer other": "tokenizer: 'other'",
+    "--revision r1": "revision: 'r1'",
+    "--tokenizer-revision r2": "tokenizer_revision: 'r2'",
+    "--dtype half": "dtype: 'half'",
+    "--max-model-len 25.6k": "max_model_len: 25600",
+    "--gpu-memory-utilization 0.5": "gpu_memory_utilization: 0.5",
+    "--kv-cache-memory-bytes 1G": "kv_cache_memory_bytes: 1073741824",
+    "--max-num-seqs 7": "max_num_seqs: 7",
+    "--max-num-batched-tokens 1K": "max_num_batched_tokens: 1024",
+    "--kv-cache-dtype fp8": "kv_cache_dtype: 'fp8'",
+    "--no-enable-prefix-caching": "enable_prefix_caching: False",
+    "--block-size 32": "block_size: 32",
+    "--no-enable-chunked-prefill": "enable_chunked_prefill: False",
+    "--enforce-eager": "enforce_eager: True",
+    "--seed 5": "seed: 5",
+    "--max-logprobs -1": "max_logprobs: -1",
+    "--generation-config vllm": "generation_config: 'vllm'",
+    '--override-generation-config {"temperature":0.5}': (
+        "override_generation_config: {'temperature': 0.5}"
+    ),
+    "--load-format safetensors": "load_format: 'safetensors'",
+    "--download-dir d": "download_dir: 'd'",
+    "--disable-log-stats": "disable_log_stats: True",
+    "--enable-log-requests": "enable_log_requests: True",
+    "--max-log-len 10": "max_log_len: 10",
+    "--uvicorn-log-level debug": "log_level: 'debug'",
+    "--reasoning-parser qwen3": "reasoning_parser: 'qwen3'",
+    "--enable-auto-tool-choice": "enable_auto_tool_choice: True",
+    "--tool-call-parser hermes": "tool_call_parser: 'hermes'",
+    "--host 0.0.0.0": "host: '0.0.0.0'",
+    "--port 81": "port: 81",
+    "--root-path /x": "root_path: '/x'",
+    '--allowed-origins ["http://a"]': "allowed_origins: ('http://a',)",
+    "--chat-template t": "chat_template: 't'",
+    "--tokenizer-mode auto": None,
+    "--code-revision c": None,
+    '--structured-outputs-config {"backend":"guidance"}': None,
+}
+
+
+def test_every_flag_of_vllm_serve_has_its_effect() -> None:
+    flags = [word for flag in FLAGS for word in flag.split()]
+    result = subprocess.run(
+        [sys.executable, "-m", "jaxserve", "serve", "demo", *flags, "--print-config"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = set(result.stdout.splitlines())
+    expected = {f"{line}  # command line" for line in FLAGS.values() if line}
+    assert expected <= lines, expected - lines
+
+
 def test_print_config_tells_where_each_setting_is_from(tmp_path: Path) -> None:
     config = tmp_path / "server.yaml"
     config.write_text("max-model-len: 512\nport: 1234\nseed: 3\n")
