@@ -24,6 +24,7 @@ from jaxserve.gguf.checkpoint import (
     packaged_files,
     read_headers,
 )
+from jaxserve.hub_files import parse_name
 from jaxserve.model_index import Checkpoint, Part, TensorInfo, TokenizerSource
 from jaxserve.overrides import overridden, with_rope
 from jaxserve.safetensors import read_safetensors
@@ -99,7 +100,7 @@ def open_checkpoint(
         CheckpointError: Something is missing or damaged.
         UnsupportedError: Something is well formed but not implemented.
     """
-    path, name = _existing(model), hub.parse_name(model)
+    path, name = _existing(model), parse_name(model)
     weights_url = None
     if bucket.is_bucket(model):
         path, name, weights_url = bucket.fetch(model), None, model
@@ -317,7 +318,7 @@ def _no_weights(folder: Path) -> CheckpointError:
 def _open_tokenizer(
     tokenizer: str, revision: str | None, download_dir: str | None, *, show_progress: bool
 ) -> tuple[TokenizerSource, str | None]:
-    path, name = _existing(tokenizer), hub.parse_name(tokenizer)
+    path, name = _existing(tokenizer), parse_name(tokenizer)
     if path is None and name is not None:
         path = hub.fetch(
             name,

@@ -1,18 +1,16 @@
 """A model on the Hugging Face hub -> its files on this disk.
 
-Only what is served is fetched: configs, tokenizer, and safetensors or one GGUF model; never
-pickles, code, or second copies of the weights. `huggingface_hub` does the transfer, and reads
+Only what is served is fetched (`hub_files`). `huggingface_hub` does the transfer, and reads
 HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE; it is imported when something is fetched.
 """
 
 import errno
 import glob
 import hashlib
-import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,45 +19,13 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from jaxserve.errors import CheckpointError
+from jaxserve.hub_files import INDEX, HubName, Wanted, indexed_shards
 
-MAX_INDEX_BYTES = 32 << 20
 MAX_FILES = 100_000  # of a repository
 TIMEOUT_S = 30.0  # of the request for the list of files
 WORKERS = 8
 _HASH_BLOCK = 8 << 20
-_INDEX = "model.safetensors.index.json"
-_CONFIGS = ("config.json", "generation_config.json")
-_TOKENIZER = re.compile(
-    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
-    r"|vocab\.json|vocab\.txt|merges\.txt|[\w.-]+\.model|[\w.-]+\.tiktoken"
-    r"|chat_template\.(?:jinja|json)|additional_chat_templates/[\w.-]+\.jinja"
-)
-_NOT_WEIGHTS = re.compile(r"consolidated.*|adapter_.*|.*(?:optimizer|scheduler|training).*")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
-_NAME = re.compile(rf"({_PART}/{_PART})(?::([^:]+))?")
-_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
-_QUANT = re.compile(r"(?:^|[-._/])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP4\w*|BF16|F16|F32|FP16))$", re.I)
 logger = logging.getLogger("jaxserve.hub")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubName:
-    """What a user names: a repository, and which GGUF file of it if any."""
-
-    repo: str
-    variant: str | None = None  # a file's name, or a quantisation such as Q4_K_M
-
-    def __str__(self) -> str:
-        return self.repo if self.variant is None else f"{self.repo}:{self.variant}"
-
-
-def parse_name(reference: str) -> HubName | None:
-    """`org/name`, `org/name:Q4_K_M` or `org/name:file.gguf`; None if it cannot be on the hub."""
-    match = _NAME.fullmatch(reference)
-    if match is None or "--" in match[1] or ".." in match[1] or match[1].endswith(".git"):
-        return None
-    return HubName(repo=match[1], variant=match[2])
 
 
 def fetch(
@@ -88,7 +54,7 @@ def fetch(
     """
     from huggingface_hub import constants
 
-    wanted = _Wanted(name, load_format, tokenizer_only)
+    wanted = Wanted(name, load_format, tokenizer_only)
     source = _Source(name, revision, download_dir, show_progress)
     if constants.HF_HUB_OFFLINE:
         return _from_cache(source, wanted, "HF_HUB_OFFLINE is set")
@@ -101,8 +67,8 @@ def fetch(
     chosen = wanted.choose(files)
     with _translated(name, revision):
         folder = source.download([file for file in chosen if not file.endswith(".safetensors")])
-        if _INDEX in chosen:
-            chosen = [*chosen, *_indexed(folder / _INDEX, name)]
+        if INDEX in chosen:
+            chosen = [*chosen, *indexed_shards(folder / INDEX, name)]
         folder = source.download(chosen)
     return _entry(folder, chosen)
 
@@ -177,119 +143,13 @@ class _Source:
         return {path for path in folder.glob("*") if not path.name.endswith(".incomplete")}
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """Which files of a repository are served."""
-
-    name: HubName
-    load_format: str
-    tokenizer_only: bool
-
-    def choose(self, files: Iterable[str]) -> list[str]:
-        """The files to fetch; with an index, its shards come on top.
-
-        Raises:
-            CheckpointError: There is nothing to serve, or more than one choice.
-        """
-        files = sorted(files)
-        ggufs = [f for f in files if f.lower().endswith(".gguf") and "mmproj" not in f.lower()]
-        small = [f for f in files if f in _CONFIGS or _TOKENIZER.fullmatch(f)]
-        if self.name.variant is not None:
-            return self._gguf(ggufs)
-        if self.tokenizer_only and any(_TOKENIZER.fullmatch(f) for f in small):
-            return small
-        has_folder = "config.json" in files and self.load_format != "gguf"
-        if ggufs and not (has_folder and _weights(files)):
-            return self._gguf(ggufs)
-        if not has_folder:
-            raise CheckpointError(
-                f"{self.name.repo} on the hub has neither config.json nor a GGUF file, "
-                "so there is no model to serve; check the name"
-            )
-        if self.load_format == "dummy" or self.tokenizer_only:
-            return small
-        weights = _weights(files)
-        if not weights:
-            pickle = next((f for f in files if f.endswith(_PICKLES)), None)
-            raise CheckpointError(
-                f"{self.name.repo} on the hub has no .safetensors file"
-                + (
-                    f", only {pickle}; pickle files can run code and are never read: look for a "
-                    "conversion to safetensors or GGUF"
-                    if pickle
-                    else "; check the name, or use --load-format dummy"
-                )
-            )
-        return small + weights
-
-    def _gguf(self, ggufs: list[str]) -> list[str]:
-        """One GGUF model: the only one, or the one that is named; all parts of a split one."""
-        models: dict[str, list[str]] = {}
-        for file in ggufs:
-            models.setdefault(_SPLIT.sub(".gguf", file), []).append(file)
-        variant = self.name.variant
-        if variant is not None:
-            found = {m: f for m, f in models.items() if variant in (m, *f)}
-            found = found or {m: f for m, f in models.items() if _quant(m) == variant.upper()}
-        else:
-            found = models
-        if len(found) == 1:
-            return next(iter(found.values()))
-        quants = [_quant(model) for model in models]
-        unique = all(quants) and len(set(quants)) == len(quants)
-        choices = [
-            f"{self.name.repo}:{quant if unique else model}"
-            for quant, model in zip(quants, models, strict=True)
-        ]
-        came = f"no GGUF file {variant!r}" if not found else f"{len(found)} GGUF models"
-        what = f"; name one, such as {', '.join(choices[:12])}" if choices else ", and no other"
-        raise CheckpointError(f"{self.name.repo} on the hub has {came}{what}")
-
-
-def _weights(files: Sequence[str]) -> list[str]:
-    """The index if there is one, else model.safetensors, else every safetensors file at the top."""
-    for name in (_INDEX, "model.safetensors"):
-        if name in files:
-            return [name]
-    return [
-        f
-        for f in files
-        if f.endswith(".safetensors") and "/" not in f and not _NOT_WEIGHTS.fullmatch(f)
-    ]
-
-
-def _quant(model: str) -> str | None:
-    match = _QUANT.search(model[: -len(".gguf")])
-    return match[1].upper() if match else None
-
-
-def _indexed(index: Path, name: HubName) -> list[str]:
-    """The shards that an index names: plain names of safetensors files only."""
-    try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise ValueError("it is too large")
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        bad = [s for s in shards if "/" in s or "\\" in s or not s.endswith(".safetensors")]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{_INDEX} of {name.repo} cannot be read ({type(error).__name__}: {str(error)[:200]}); "
-            "check the repository"
-        ) from None
-    if bad:
-        raise CheckpointError(
-            f"{_INDEX} of {name.repo} names the shard {bad[0][:200]!r}; only .safetensors files "
-            "beside it are allowed: check where this model came from"
-        )
-    return sorted(shards)
-
-
 def _entry(folder: Path, chosen: Sequence[str]) -> Path:
     """What `open_checkpoint` is to open."""
     gguf = next((file for file in chosen if file.lower().endswith(".gguf")), None)
     return folder if gguf is None else folder / gguf
 
 
-def _from_cache(source: _Source, wanted: _Wanted, why: str) -> Path:
+def _from_cache(source: _Source, wanted: Wanted, why: str) -> Path:
     """The same from the cache alone, if it has everything."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -304,8 +164,8 @@ def _from_cache(source: _Source, wanted: _Wanted, why: str) -> Path:
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     try:
         chosen = wanted.choose(files)
-        if _INDEX in chosen:
-            chosen = [*chosen, *_indexed(folder / _INDEX, source.name)]
+        if INDEX in chosen:
+            chosen = [*chosen, *indexed_shards(folder / INDEX, source.name)]
         absent = [file for file in chosen if file not in files]
     except CheckpointError as error:
         raise CheckpointError(

@@ -18,7 +18,7 @@ from jaxserve import hub
 from jaxserve.checkpoint import open_checkpoint, open_configured
 from jaxserve.config import EngineConfig
 from jaxserve.errors import CheckpointError
-from jaxserve.hub import HubName, parse_name
+from jaxserve.hub_files import HubName, parse_name
 from tests.hub_server import HubServer, Repo
 from tests.weights.files import llama_gguf, llama_weights, write_folder
 

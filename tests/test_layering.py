@@ -21,12 +21,14 @@ CORRIDOR = {
     "gguf": "errors model_index",
     "safetensors": "errors",
     "scaled_tensors": "errors model_index",
-    "hub": "errors",
+    "hub_files": "errors",
+    "hub": "errors hub_files",
     "converted": "errors safetensors",
     "bucket": "errors safetensors converted",
     "overrides": "errors",
     "checkpoint": (
-        "errors config gguf model_index safetensors scaled_tensors hub converted bucket overrides"
+        "errors config gguf model_index safetensors scaled_tensors hub_files hub converted bucket "
+        "overrides"
     ),
     "request": "errors structured_outputs sampling_params",
     "outputs": "errors structured_outputs sampling_params request",
