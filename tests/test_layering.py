@@ -65,7 +65,7 @@ MAY_IMPORT = {
 DEVICE = {"jax", "jaxlib", "flax", "orbax", "optax"}
 NO_DEVICE = {"scheduler", "frontend", "client", "llm", "async_llm", "server"}
 LAZY = {"commands", "cli", "__init__"}  # outside functions: the corridor and commands, no JAX
-FEW = {"pallas_kernels": {"jax", "numpy"}, **{room: {"numpy"} for room in CORRIDOR}}
+FEW = {"pallas_kernels": {"jax", "jaxlib", "numpy"}, **{room: {"numpy"} for room in CORRIDOR}}
 FEW |= {"hub": {"huggingface_hub"}, "bucket": {"tensorstore"}}  # inside functions
 
 
