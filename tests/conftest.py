@@ -1,6 +1,7 @@
 """Settings of every test: the CPU, no network, one compile cache, reproducible examples."""
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -23,6 +24,10 @@ for name, value in {
     "TRANSFORMERS_VERBOSITY": "error",
 }.items():
     os.environ.setdefault(name, value)
+
+# A shell starts what runs in the background deaf to Ctrl-C, and so would be the commands under test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
