@@ -55,6 +55,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    cudagraph_capture_sizes: tuple[int, ...] | None = None  # tokens that steps are padded to
     async_scheduling: bool = True  # one step in flight ahead of the host
     max_num_queued_reqs: int | None = None
     attention_backend: str = "auto"  # one of ATTENTION_BACKENDS
@@ -112,6 +113,12 @@ def _problems(c: EngineConfig) -> Iterator[str]:
             yield f"{name}={value} is too small; use at least 1"
     if c.block_size not in (None, 8, 16, 32, 64, 128):
         yield f"block_size={c.block_size!r} is not usable; use 8, 16, 32, 64 or 128"
+    sizes = c.cudagraph_capture_sizes
+    if sizes is not None and not (
+        isinstance(sizes, tuple | list)
+        and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
+    ):
+        yield f"cudagraph_capture_sizes={sizes!r:.80} is not a list of token counts, such as [8, 64]"
     if c.max_logprobs < -1:
         yield f"max_logprobs={c.max_logprobs} is too small; use -1 for the whole vocabulary"
     theta = c.rope_theta

@@ -46,6 +46,8 @@ HELP = {
     "enable_prefix_caching": "reuse the KV of prompts that begin alike",
     "enable_chunked_prefill": "spread a long prompt over several steps",
     "scheduling_policy": "who runs first: in order of arrival, or by priority",
+    "cudagraph_capture_sizes": "token counts that steps are padded to, each compiled at start "
+    "(default: powers of two); fewer start sooner and pad more",
     "async_scheduling": "plan the next step while the device works",
     "max_num_queued_reqs": "refuse requests when so many wait (serve: 1024)",
     "attention_backend": f"attention kernel: {', '.join(ATTENTION_BACKENDS)}. auto: the first that "
@@ -106,7 +108,11 @@ def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
             f"two models are named, {args.model!r} and --model {args.model_flag!r}; name one"
         )
     names = {field.name for field in fields(EngineConfig)} - _NOT_A_FLAG
-    given = {name: value for name, value in vars(args).items() if name in names}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(args).items()
+        if name in names
+    }
     model = args.model if args.model_flag is None else args.model_flag
     return EngineConfig(model="demo" if model is None else model, **(defaults | given))
 
@@ -124,6 +130,8 @@ def _options(field: Field[Any]) -> dict[str, Any]:
         options["help"] += f" (default: {field.default})"
     if typing.get_origin(kind) is typing.Literal:
         options["choices"] = typing.get_args(kind)
+    elif typing.get_origin(kind) is tuple:
+        options |= {"nargs": "+", "type": whole_number, "metavar": "N"}
     elif field.name == "max_model_len":
         options |= {"type": _length, "metavar": "N"}
     elif kind in (int, float):

@@ -4,6 +4,7 @@ Its layout depends only on the token bucket, so each bucket is one shape and one
 bucket of T tokens holds at most B = min(T, R) rows, for each scheduled row has a token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,10 +25,14 @@ FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition"
 INTS = ("prompt_lens", "min_lens", "flags", "top_k", "seed_low", "seed_high", "num_logprobs")
 
 
-def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
-    """1, 2, 4, ... up to and including the budget, which need not be a power of two."""
-    powers = [1 << i for i in range((max_num_batched_tokens - 1).bit_length())]
-    return (*powers, max_num_batched_tokens)
+def token_buckets(
+    max_num_batched_tokens: int, sizes: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """`sizes`, or 1, 2, 4, ...; below the budget, and the budget, which need not be one of them."""
+    if sizes is None:
+        sizes = [1 << i for i in range(max_num_batched_tokens.bit_length())]
+    smaller = sorted({n for n in sizes if n < max_num_batched_tokens})
+    return (*smaller, max_num_batched_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,9 +127,8 @@ class Runner:
             vocab_size=spec.vocab_size,
             num_groups=len(spec.kv_groups),
         )
-        self._layouts = {
-            t: Layout(t, self._shapes) for t in token_buckets(s.max_num_batched_tokens)
-        }
+        buckets = token_buckets(s.max_num_batched_tokens, config.cudagraph_capture_sizes)
+        self._layouts = {t: Layout(t, self._shapes) for t in buckets}
         self.kv_groups = kv_cache.size_groups(
             config,
             self.device,

@@ -24,6 +24,7 @@ def small() -> list[str]:
     return [
         *("--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "16"),
         *("--num-gpu-blocks-override", "80", "--layer-loop", "scan"),
+        *("--cudagraph-capture-sizes", "4"),
     ]
 
 

@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "max_model_len": 128,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 32,
+    "cudagraph_capture_sizes": (8,),
     "block_size": 8,
     "num_gpu_blocks_override": 160,
     "forbid_late_compile": True,

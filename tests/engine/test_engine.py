@@ -148,7 +148,7 @@ def test_a_compile_in_live_traffic_is_counted_and_forbidden(
 
 
 def test_no_bucket_and_no_sampling_parameter_compiles_in_live_traffic(model: Path) -> None:
-    with running(model) as engine:
+    with running(model, cudagraph_capture_sizes=None) as engine:
         everything = {
             "temperature": 1.0,
             "top_k": 5,

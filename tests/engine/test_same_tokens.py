@@ -68,6 +68,7 @@ def test_the_requests_tell_mistakes_apart(alone: Answers) -> None:
     "config",
     [
         pytest.param({}, id="full batch, chunked, one step ahead"),
+        pytest.param({"cudagraph_capture_sizes": None}, id="every bucket"),
         pytest.param({"async_scheduling": False}, id="synchronous"),
         pytest.param({"max_num_batched_tokens": 128}, id="whole prompts"),
         pytest.param({"max_num_batched_tokens": 11}, id="a budget that is no power of two"),

@@ -20,7 +20,7 @@ from tests.server.running import until
 
 SMALL = (
     "--max-model-len=256", "--max-num-seqs=8", "--max-num-batched-tokens=64",
-    "--num-gpu-blocks-override=40", "--layer-loop=scan",
+    "--num-gpu-blocks-override=40", "--layer-loop=scan", "--cudagraph-capture-sizes=8",
 )  # fmt: skip
 
 
@@ -216,6 +216,7 @@ FLAGS = {
     "--max-num-seqs 7": "max_num_seqs: 7",
     "--max-num-batched-tokens 1K": "max_num_batched_tokens: 1024",
     "--kv-cache-dtype fp8": "kv_cache_dtype: 'fp8'",
+    "--cudagraph-capture-sizes 8 64": "cudagraph_capture_sizes: (8, 64)",
     "--no-enable-prefix-caching": "enable_prefix_caching: False",
     "--block-size 32": "block_size: 32",
     "--no-enable-chunked-prefill": "enable_chunked_prefill: False",
