@@ -118,7 +118,7 @@ def _problems(c: EngineConfig) -> Iterator[str]:
         isinstance(sizes, tuple | list)
         and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
     ):
-        yield f"cudagraph_capture_sizes={sizes!r:.80} is not a list of token counts, such as [8, 64]"
+        yield f"cudagraph_capture_sizes={sizes!r:.80} is no list of token counts, such as [8, 64]"
     if c.max_logprobs < -1:
         yield f"max_logprobs={c.max_logprobs} is too small; use -1 for the whole vocabulary"
     theta = c.rope_theta

@@ -25,7 +25,7 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-# A shell starts what runs in the background deaf to Ctrl-C, and so would be the commands under test.
+# A shell starts what runs in the background deaf to Ctrl-C: the commands under test would be too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -108,7 +108,7 @@ def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
             f"two models are named, {args.model!r} and --model {args.model_flag!r}; name one"
         )
     names = {field.name for field in fields(EngineConfig)} - _NOT_A_FLAG
-    given = {
+    given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(args).items()
         if name in names
