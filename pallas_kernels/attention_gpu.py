@@ -1,10 +1,11 @@
 """Attention on NVIDIA GPUs: which kernels a chip gets, and whether there are any for a layer.
 
 Hopper (compute capability 9.0) has kernels of its own, for TMA and wgmma: one of decode rows
-(`attention_gpu_decode`) and one of all others (`attention_gpu_prefill`). All rows on Ampere, Ada
-and Blackwell, and on Hopper the others of a layer which the prefill kernel refuses, go by
-`mma.sync` (`attention_gpu_mma`). Mosaic GPU would compile the Hopper kernels for any chip without a
-word and they would fail there, so the architecture is checked here.
+(`attention_gpu_decode`) and one of all others (`attention_gpu_prefill`); of a latent cache the
+first serves all rows (`attention_gpu_latent`). All rows on Ampere, Ada and Blackwell, and on Hopper
+the others of a layer which the prefill kernel refuses, go by `mma.sync` (`attention_gpu_mma`).
+Mosaic GPU would compile the Hopper kernels for any chip without a word and they would fail there,
+so the architecture is checked here.
 
 Caches of 8 bits are read as they are stored and widened to 16 bits on the multiprocessor
 (`gpu_widen`); their scales are the caller's to fold in.
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.attention_gpu_decode import attend_decode, why_not_decode
+from pallas_kernels.attention_gpu_latent import attend_latent
 from pallas_kernels.attention_gpu_mma import attend_mma, why_not_mma
 from pallas_kernels.attention_gpu_prefill import attend_prefill, why_not_prefill
 from pallas_kernels.backend import Backend, BackendRefused
@@ -41,14 +43,15 @@ def why_not(spec: AttentionSpec, chip: Chip) -> str | None:
         )
     if chip.sm == _HOPPER:
         reason = why_not_decode(spec)
-        if reason is not None or why_not_prefill(spec) is None:
+        alone = spec.kv.kind == "latent"  # no other kernel has a part in it
+        if reason is not None or alone or why_not_prefill(spec) is None:
             return reason
     return why_not_mma(spec, chip=chip)
 
 
 def attend_gpu(
     q: Array,  # [T, N, H]
-    kv_pages: Array,  # [L * num_pages, page_size, 2K, H], with this step's tokens written
+    kv_pages: Array,  # as `kv_pages_shape` says, with this step's tokens written
     pages: PageMetadata,
     layer: int | Array,
     *,
@@ -56,7 +59,7 @@ def attend_gpu(
     backend: Backend,
     sinks: Array | None = None,  # [N]
 ) -> Array:
-    """Attention of every token to its row's tokens up to itself: [T, N, H]. Padding gets zeros.
+    """Attention of every token to its row's tokens up to itself: [T, N, out_dim]; padding's is 0.
 
     Raises BackendRefused where `why_not` has a reason.
     """
@@ -65,6 +68,8 @@ def attend_gpu(
         raise BackendRefused(f"attention backend 'gpu' refused: {reason}")
     if backend.chip.sm != _HOPPER:
         return attend_mma(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
+    if spec.kv.kind == "latent":
+        return attend_latent(q, kv_pages, pages, layer, spec=spec, backend=backend, sinks=sinks)
     if why_not_prefill(spec) is None:
         # Once for both, so that they hand on results of one type: XLA has the conversions beside
         # the scales of the cache.

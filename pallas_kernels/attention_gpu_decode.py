@@ -13,6 +13,9 @@ to 8 only:
     S^T [block_kv, N] = K [block_kv, H] @ q^T [H, N]        K as TMA left it
     O^T [H, N]       += V^T [H, block_kv] @ P^T             V as TMA left it, read transposed
 
+A latent cache (MLA) is the same with one head, whose values are the first columns of its keys: a
+block is read once and multiplied twice.
+
 All operands lie in shared memory, so that what the interpreter runs is what the GPU runs; a thread
 holds H * N / 128 accumulators of O^T, 8 at H = 128. The softmax is online (FlashAttention, arXiv
 2205.14135), with logits in base 2; splitting KV for decode is Flash-Decoding's idea, pages are
@@ -22,7 +25,8 @@ An 8-bit cache is converted in shared memory, block by block: float8 to float16,
 exactly at one instruction a pair of values, int8 to the queries' type.
 
 Limits: bfloat16, float16, float8_e4m3fn, float8_e5m2 and int8 caches; head_dim a multiple of 16
-(8-bit: of 32) from 64 to 256; page sizes that are multiples of 8.
+(8-bit: of 32) from 64 to 256, a latent row at most 576 wide and its values 512; page sizes that are
+multiples of 8.
 """
 
 import dataclasses
@@ -51,6 +55,7 @@ _LOG2E = math.log2(math.e)
 _NEVER = -1e30  # the logit of what is not seen, and the maximum of nothing: finite, so no inf - inf
 _DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 _WGMMA_ROWS = 64
+_MOST_LATENT = (576, 512)  # columns of a latent row and of its value: registers, shared memory
 _SMEM_BYTES = 232_448  # what a thread block may have; 1 KiB more of an SM's 228 KiB goes with each
 _SMEM_RESERVED = 1024
 
@@ -74,10 +79,17 @@ class _Shape:
     num_parts: int  # that the query heads of a kv head are cut into, where they are many
     group: int  # query heads a part
     columns: int  # the same, padded to a wgmma's N
-    head_dim: int
+    key_dim: int
+    value_dim: int
+    first_value: int  # column of a token's row at which its value starts; its key starts at 0
     stored: jnp.dtype  # of the cache
     dtype: jnp.dtype  # of the operands of products, 16 bits
     copy_tokens: int  # tokens a TMA copy: a whole page, or the part of one that a block takes
+
+    @property
+    def width(self) -> int:
+        """Columns of a token's row: key and value side by side, or one within the other."""
+        return max(self.key_dim, self.first_value + self.value_dim)
 
     @property
     def converts(self) -> bool:
@@ -93,12 +105,13 @@ class _Shape:
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Columns of a value as the M of wgmmas, whole multiples of 64: (first, how many).
 
-        Of a head_dim that is no multiple, the last 64 columns are a span that overlaps the others:
+        Of a width that is no multiple, the last 64 columns are a span that overlaps the others:
         computing some twice costs less than reading padding.
         """
-        whole, rest = divmod(self.head_dim, _WGMMA_ROWS)
-        spans = ((0, whole * _WGMMA_ROWS),)
-        return (*spans, (self.head_dim - _WGMMA_ROWS, _WGMMA_ROWS)) if rest else spans
+        whole = self.value_dim - self.value_dim % _WGMMA_ROWS
+        if whole == self.value_dim:
+            return ((0, whole),)
+        return (0, whole), (self.value_dim - _WGMMA_ROWS, _WGMMA_ROWS)
 
     @property
     def out_rows(self) -> int:
@@ -109,15 +122,17 @@ class _Shape:
 def why_not_decode(spec: AttentionSpec) -> str | None:
     """Why this kernel cannot serve such a layer on Hopper, or None."""
     kv = spec.kv
-    if kv.kind != "heads":
-        return "the Hopper kernel has no path for a latent cache"
     dtype = jnp.dtype(kv.dtype)
     if dtype.name not in _DTYPES:
         return f"the Hopper kernel reads pages of {', '.join(_DTYPES)}, not {dtype.name}"
     if kv.page_size % 8 or kv.page_size < 8:
         return f"page_size={kv.page_size} is not a multiple of 8, the rows of a shared memory tile"
-    if kv.head_dim % 16 or not _WGMMA_ROWS <= kv.head_dim <= 256:
-        return f"head_dim={kv.head_dim} is not a multiple of 16 from 64 to 256"
+    most = (256, 256) if kv.kind == "heads" else _MOST_LATENT
+    for what, size, limit in zip(
+        ("head_dim", "value_dim"), (kv.head_dim, kv.out_dim), most, strict=True
+    ):
+        if size % 16 or not _WGMMA_ROWS <= size <= limit:
+            return f"{what}={size} is not a multiple of 16 from 64 to {limit}"
     if dtype.itemsize == 1 and kv.head_dim % 32:
         return f"head_dim={kv.head_dim} is not a multiple of 32, which {dtype.name} pages need"
     return None
@@ -131,13 +146,13 @@ def decode_tiles(spec: AttentionSpec) -> DecodeTiles:
     128 KiB on the way, and one computes while the other waits at its barriers.
     """
     shape = _shape_of(spec, _WGMMA_ROWS, jnp.bfloat16)
-    columns, token = shape.columns, 2 * shape.head_dim  # elements
+    columns, token = shape.columns, shape.width  # elements
     block_kv = _WGMMA_ROWS * max(1, 16 * 1024 // (_WGMMA_ROWS * token))
     if columns > 16:  # registers: logits, weights and their sums are block_kv * columns each
         block_kv = _WGMMA_ROWS
     stage = block_kv * token * shape.stored.itemsize
     # Two queries, the weights, a converted block; reductions between warps and barriers.
-    other = 2 * (2 * columns * shape.head_dim + columns * block_kv) + 4 * 1024
+    other = 2 * (2 * columns * shape.key_dim + columns * block_kv) + 4 * 1024
     other += 2 * block_kv * token if shape.converts else 0
     blocks_per_sm = 2 if 3 * stage + other <= _SMEM_BYTES // 2 and columns <= 32 else 1
     room = (_SMEM_BYTES + _SMEM_RESERVED) // blocks_per_sm - _SMEM_RESERVED - other
@@ -147,7 +162,7 @@ def decode_tiles(spec: AttentionSpec) -> DecodeTiles:
 
 def attend_decode(
     q: Array,  # [T, N, H]
-    kv_pages: Array,  # [L * num_pages, page_size, 2K, H]
+    kv_pages: Array,  # [L * num_pages, page_size, 2K, H], of a latent cache [.., page_size, 1, H]
     pages: PageMetadata,
     layer: int | Array,
     *,
@@ -157,7 +172,7 @@ def attend_decode(
     tiles: DecodeTiles | None = None,
     interpret: Any = None,  # InterpretGPUParams; None: the default ones if backend.interpret
 ) -> Array:
-    """Attention of the first `pages.num_decode_rows` tokens: [T, N, H]. Other tokens get zeros."""
+    """Attention of the first `pages.num_decode_rows` tokens: [T, N, out_dim]. Others get zeros."""
     kv = spec.kv
     if tiles is None:
         key = tuning.attention_key(spec)
@@ -182,7 +197,7 @@ def attend_decode(
     # XLA fuses this padding into whatever makes q; there is none where the group is 8, 16, ...
     grouped = _grouped(as_operand(q[:num_rows], shape.dtype), shape, spec)
     # A key and its value side by side, as they lie in memory: a view.
-    pairs = kv_pages.reshape(*kv_pages.shape[:2], kv.num_kv_heads, 2 * kv.head_dim)
+    pairs = kv_pages.reshape(*kv_pages.shape[:2], kv.num_kv_heads, shape.width)
     first_page = jnp.asarray(layer, jnp.int32).reshape(1) * pages.num_pages
     piece, stats = _pieces(
         grouped,
@@ -222,7 +237,9 @@ def _shape_of(spec: AttentionSpec, block_kv: int, q_dtype: jax.typing.DTypeLike)
         num_parts=num_parts,
         group=group,
         columns=_up(group, 8),
-        head_dim=kv.head_dim,
+        key_dim=kv.head_dim,
+        value_dim=kv.out_dim,
+        first_value=0 if kv.kind == "latent" else kv.head_dim,
         stored=stored,
         dtype=hopper_operand_dtype(stored, q_dtype),
         copy_tokens=math.gcd(kv.page_size, block_kv),
@@ -245,7 +262,7 @@ def _pad(x: Array, size: int) -> Array:
 
 def _pieces(
     q: Array,  # [R, K * num_parts, columns, H]
-    pairs: Array,  # [L * num_pages, page_size, K, 2H]
+    pairs: Array,  # [L * num_pages, page_size, K, width]
     pages: PageMetadata,
     first_page: Array,  # [1] int32
     plan: SplitPlan,
@@ -262,7 +279,7 @@ def _pieces(
     """
     kv = spec.kv
     block_kv, num_stages = tiles.block_kv, tiles.num_stages
-    columns, head_dim = shape.columns, shape.head_dim
+    columns, key_dim = shape.columns, shape.key_dim
     num_parts = kv.num_kv_heads * shape.num_parts  # of a row
     copies = block_kv // shape.copy_tokens
 
@@ -378,14 +395,15 @@ def _pieces(
                     pairs_smem = stages.at[stage]
                     if shape.converts:
                         # Barriers on both sides: no warp is still multiplying the block before.
-                        width = math.gcd(shape.convert_width, head_dim)
+                        width = math.gcd(shape.convert_width, key_dim)
                         widen_for_wgmma(pairs_smem, converted, rows=block_kv, columns=width)
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(pairs_free.at[stage])
                         pairs_smem = converted
-                    _forget_unseen(pairs_smem, token, kv_len, spec=spec)
+                    values = pairs_smem.at[:, pl.ds(shape.first_value, shape.value_dim)]
+                    _forget_unseen(values, token, kv_len, spec=spec)
 
-                    keys = pairs_smem.at[:, pl.ds(0, head_dim)]
+                    keys = pairs_smem.at[:, pl.ds(0, key_dim)]
                     logits = _multiply(keys, q_smem.at[slot].transpose((1, 0)))
                     logits = _base2(logits, spec)
                     seen = _seen(token, kv_len, logits.shape, spec)
@@ -403,19 +421,18 @@ def _pieces(
                     weights_smem.transpose((1, 0))[...] = weights.astype(shape.dtype)
                     plgpu.commit_smem()  # wgmma reads through the async proxy: fence, then barrier
 
-                    added = [
-                        _multiply(
-                            pairs_smem.at[:, pl.ds(head_dim + first, rows)].transpose((1, 0)),
-                            weights_smem.transpose((1, 0)),
-                        )
-                        for first, rows in shape.spans
-                    ]
+                    def add(out: Any, first: int) -> Any:
+                        columns = pl.ds(shape.first_value + first, out.shape[0])
+                        span = pairs_smem.at[:, columns].transpose((1, 0))
+                        out = out * lax.broadcast_in_dim(decay, out.shape, [1])
+                        p = weights_smem.transpose((1, 0))
+                        return _multiply_onto(out, span, p, interpret=interpret is not None)
+
+                    outs = tuple(
+                        add(out, first) for out, (first, _) in zip(outs, shape.spans, strict=True)
+                    )
                     if not shape.converts:
                         plgpu.barrier_arrive(pairs_free.at[stage])
-                    outs = tuple(
-                        out * lax.broadcast_in_dim(decay, out.shape, [1]) + more
-                        for out, more in zip(outs, added, strict=True)
-                    )
                     return outs, new_top, total
 
                 nothing = (
@@ -438,7 +455,7 @@ def _pieces(
 
     def smem(dims: tuple[int, ...], dtype: jnp.dtype) -> Any:
         """Swizzled in the widest tiles that part a key from its value, or what is converted."""
-        row = math.gcd(head_dim, shape.convert_width) * dtype.itemsize
+        row = math.gcd(key_dim, shape.convert_width) * dtype.itemsize
         swizzle = next(size for size in (128, 64, 32) if row % size == 0)
         tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))  # pyright: ignore[reportAbstractUsage]
         swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
@@ -455,9 +472,9 @@ def _pieces(
         num_threads=2,
         thread_name="warpgroup",
         scratch_types=[
-            smem((2, columns, head_dim), shape.dtype),
-            smem((num_stages, block_kv, 2 * head_dim), shape.stored),
-            smem((block_kv, 2 * head_dim), shape.dtype) if shape.converts else (),
+            smem((2, columns, key_dim), shape.dtype),
+            smem((num_stages, block_kv, shape.width), shape.stored),
+            smem((block_kv, shape.width), shape.dtype) if shape.converts else (),
             smem((columns, block_kv), shape.dtype),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_barriers=2),
@@ -481,6 +498,14 @@ def _multiply(a: Any, b: Any) -> Any:
     return pl.run_scoped(issue, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
+def _multiply_onto(start: Any, a: Any, b: Any, *, interpret: bool) -> Any:
+    """start + a @ b, in the registers of `start`."""
+    if interpret:  # which knows no accumulator that starts at a value
+        return start + _multiply(a, b)
+    added = pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))
+    return added(plgpu.WGMMAAccumulatorRef.init(start))
+
+
 def _zeros(dims: tuple[int, int]) -> Any:
     return plgpu.layout_cast(jnp.zeros(dims, jnp.float32), plgpu.Layout.WGMMA)
 
@@ -494,25 +519,25 @@ def _seen(token: Any, kv_len: Any, dims: tuple[int, ...], spec: AttentionSpec) -
     return seen
 
 
-def _forget_unseen(stage: Any, token: Any, kv_len: Any, *, spec: AttentionSpec) -> None:
+def _forget_unseen(values: Any, token: Any, kv_len: Any, *, spec: AttentionSpec) -> None:
     """Zero the values of a row's first or last block that are not seen.
 
     Their weights are zero, but they may hold anything, and 0 * NaN is NaN. Keys need no care: a
     logit is replaced before it is used.
     """
-    block_kv, head_dim = stage.shape[0], spec.kv.head_dim
+    block_kv, value_dim = values.shape
     is_edge = token + block_kv > kv_len
     if spec.window is not None:
         is_edge |= token < kv_len - spec.window
 
     @pl.when(is_edge)
     def _() -> None:
-        width = math.gcd(64, head_dim)
-        for column in range(head_dim, 2 * head_dim, width):
-            values = stage.at[:, pl.ds(column, width)]
-            held = plgpu.load(values, layout=plgpu.Layout.WGMMA)
+        width = math.gcd(64, value_dim)
+        for column in range(0, value_dim, width):
+            part = values.at[:, pl.ds(column, width)]
+            held = plgpu.load(part, layout=plgpu.Layout.WGMMA)
             seen = _seen(token, kv_len, held.shape, spec)
-            values[...] = jnp.where(seen, held, jnp.zeros_like(held))
+            part[...] = jnp.where(seen, held, jnp.zeros_like(held))
         plgpu.commit_smem()  # before wgmma reads it, and before TMA writes there again
 
 
@@ -537,12 +562,13 @@ def _merge(
     dtype: Any,
     interpret: Any,
 ) -> Array:
-    """The attention of R rows, [R, N, H], from their pieces; zeros for rows that have none."""
+    """Attention of R rows, [R, N, value_dim], from their pieces; zeros for rows that have none."""
     num_parts = spec.kv.num_kv_heads * shape.num_parts
-    head_dim = spec.kv.head_dim
+    value_dim = shape.value_dim
     _, out_rows, columns = piece.shape
-    # A piece is out_rows * columns / 128 registers a thread; loads in flight hide their latency.
-    unroll = max(1, min(8, 64 * 128 // (out_rows * columns)))
+    rows = math.gcd(out_rows, 2 * _WGMMA_ROWS)  # a thread block's share of them
+    # They are rows * columns / 128 registers a thread; loads in flight hide their latency.
+    unroll = max(1, min(8, 64 * 128 // (rows * columns)))
     if sinks is None:
         sinks = jnp.full((spec.num_heads,), _NEVER, jnp.float32)
     sinks = _grouped(sinks[:, None] * _LOG2E, shape, spec)[..., 0]  # [K * num_parts, columns]
@@ -551,6 +577,7 @@ def _merge(
         piece_ref: Any, stats_ref: Any, pieces_ref: Any, sinks_ref: Any, out_ref: Any, smem: Any
     ) -> None:
         part, row = lax.axis_index("part"), lax.axis_index("row")
+        share = pl.ds(lax.axis_index("share") * rows, rows)
         item = row * num_parts + part
         first, num = pieces_ref[item, 0], pieces_ref[item, 1]
 
@@ -558,7 +585,7 @@ def _merge(
             return plgpu.load(ref, layout=_COLUMNS, optimized=False)
 
         def across(vector: Any) -> Any:
-            return lax.broadcast_in_dim(vector, (out_rows, columns), [1])
+            return lax.broadcast_in_dim(vector, (rows, columns), [1])
 
         def add(chunk: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
             out, top, total = carry
@@ -571,9 +598,8 @@ def _merge(
                     maximum + jnp.where(index < num, 0.0, _NEVER)
                 )  # by a scalar: no vector of bools
                 totals.append(column_vector(stats_ref.at[at, 1]))
-                outs.append(
-                    plgpu.load(piece_ref.at[at], layout=plgpu.Layout.WGMMA, optimized=False)
-                )
+                values = piece_ref.at[at, share]
+                outs.append(plgpu.load(values, layout=plgpu.Layout.WGMMA, optimized=False))
             new_top = top
             for maximum in tops:
                 new_top = jnp.maximum(new_top, maximum)
@@ -586,7 +612,7 @@ def _merge(
             return out, new_top, total
 
         nothing = (
-            _zeros((out_rows, columns)),
+            _zeros((rows, columns)),
             plgpu.layout_cast(jnp.full((columns,), _NEVER, jnp.float32), _COLUMNS),
             plgpu.layout_cast(jnp.zeros((columns,), jnp.float32), _COLUMNS),
         )
@@ -596,15 +622,15 @@ def _merge(
         out = out / across(jnp.maximum(total, 1e-30))  # zeros where there was nothing
         smem.transpose((1, 0))[...] = out.astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem.at[pl.ds(0, shape.group)], out_ref.at[row, part])
+        plgpu.copy_smem_to_gmem(smem.at[pl.ds(0, shape.group)], out_ref.at[row, part, :, share])
         plgpu.wait_smem_to_gmem(0)
 
     run = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((num_rows, num_parts, shape.group, out_rows), dtype),
-        grid=(num_parts, num_rows),
-        grid_names=("part", "row"),
-        scratch_types=[plgpu.SMEM((columns, out_rows), dtype)],
+        grid=(out_rows // rows, num_parts, num_rows),
+        grid_names=("share", "part", "row"),
+        scratch_types=[plgpu.SMEM((columns, rows), dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode_merge",
         **({} if interpret is None else {"interpret": interpret}),
@@ -612,10 +638,10 @@ def _merge(
     out = run(piece, stats, pieces, sinks)
     out = out.reshape(num_rows, spec.kv.num_kv_heads, shape.num_parts * shape.group, out_rows)
     out = out[:, :, : spec.group].reshape(num_rows, spec.num_heads, out_rows)
-    if out_rows == head_dim:
+    if out_rows == value_dim:
         return out
-    whole = head_dim - head_dim % _WGMMA_ROWS
-    return jnp.concatenate([out[..., :whole], out[..., out_rows - (head_dim - whole) :]], axis=-1)
+    whole = value_dim - value_dim % _WGMMA_ROWS
+    return jnp.concatenate([out[..., :whole], out[..., out_rows - (value_dim - whole) :]], axis=-1)
 
 
 def _up(size: int, multiple: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 from jax import Array
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from pallas_kernels import attention_gpu, attention_gpu_decode
+from pallas_kernels import attention_gpu, attention_gpu_decode, attention_gpu_latent
 from pallas_kernels.attention_gpu_decode import (
     DecodeTiles,
     attend_decode,
@@ -40,6 +40,20 @@ def make_spec(
 ) -> AttentionSpec:
     kv = KVSpec(num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
     return AttentionSpec(kv=kv, num_heads=num_heads, scale=head_dim**-0.5, **more)
+
+
+def make_latent(
+    num_heads: int, width: int, value_dim: int, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> AttentionSpec:
+    kv = KVSpec(
+        num_kv_heads=1,
+        head_dim=width,
+        page_size=16,
+        dtype=dtype,
+        kind="latent",
+        value_dim=value_dim,
+    )
+    return AttentionSpec(kv=kv, num_heads=num_heads, scale=width**-0.5)
 
 
 def make_rows(spec: AttentionSpec, kv_lens: list[int]) -> Batch:
@@ -196,6 +210,71 @@ def test_a_mixed_batch_through_the_entry() -> None:
     assert not np.any(np.asarray(out[16:], np.float32))
 
 
+# A latent cache, all of whose rows it serves.
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "width", "value_dim", "dtype"),
+    [
+        (5, 192, 128, jnp.bfloat16),
+        (6, 96, 80, jnp.float16),
+        pytest.param(16, 576, 512, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(40, 576, 512, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(20, 576, 512, jnp.float8_e4m3fn, marks=pytest.mark.slow),
+        pytest.param(4, 192, 128, jnp.int8, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mixed_batch_over_a_latent_cache(
+    num_heads: int, width: int, value_dim: int, dtype: jax.typing.DTypeLike
+) -> None:
+    spec = make_latent(num_heads, width, value_dim, dtype)
+    rows = [(1, 1), (1, 70), (5, 21), (0, 3), (9, 70)]
+    batch = make_batch(
+        spec, rows, num_decode_rows=2, num_tokens=18, max_rows=8, num_layers=2, backend=HOPPER
+    )
+    out, _ = run(batch, spec=spec, backend=HOPPER)
+    assert error(out, oracle(spec, batch)) < TOLERANCE["bfloat16"]
+    assert not np.any(np.asarray(out[16:], np.float32))
+
+
+def test_a_long_batch_over_a_latent_cache_goes_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_gpu_latent, "_MOST_TOKENS", 8)
+    spec = make_latent(4, 96, 64)
+    rows = [(1, 30), (11, 75), (7, 7)]
+    batch = make_batch(
+        spec, rows, num_decode_rows=1, num_tokens=21, max_rows=4, num_layers=2, backend=HOPPER
+    )
+    out, _ = run(batch, spec=spec, backend=HOPPER)
+    assert error(out, oracle(spec, batch)) < TOLERANCE["bfloat16"]
+    assert not np.any(np.asarray(out[19:], np.float32))
+
+
+def test_there_are_no_races_over_a_latent_cache(races: dict[str, bool]) -> None:
+    spec = make_latent(4, 96, 64)
+    batch = make_rows(spec, [310, 200])
+    check(batch, spec, decode(batch, spec, num_workers=2, block_kv=64, detect_races=True))
+    assert races == {"decode": False, "merge": False}
+
+
+def test_each_token_of_a_batch_is_a_row() -> None:
+    pages = PageMetadata(
+        page_table=jnp.asarray([[3, 0], [4, 5], [6, 7], [0, 0]], jnp.int32),
+        slots=jnp.zeros(8, jnp.int32),
+        kv_lens=jnp.asarray([7, 9, 12, 0], jnp.int32),
+        query_starts=jnp.asarray([0, 1, 4, 6, 6], jnp.int32),
+        num_rows=jnp.int32(3),
+        num_decode_rows=jnp.int32(1),
+        num_pages=8,
+    )
+    rows = attention_gpu_latent.token_rows(pages, 0, 8)
+    assert rows.kv_lens.tolist() == [7, 7, 8, 9, 11, 12, 0, 0]
+    assert rows.page_table[:6, 0].tolist() == [3, 4, 4, 4, 6, 6]
+    assert rows.num_decode_rows == 6
+    last = attention_gpu_latent.token_rows(pages, 5, 3)
+    assert last.kv_lens.tolist() == [12, 0, 0]
+    assert last.num_decode_rows == 1
+
+
 # What must be caught: that these fail shows that the checks above can.
 
 
@@ -321,12 +400,13 @@ def test_multiprocessors_by_name_else_by_generation() -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("tiny")])
 def test_the_ring_keeps_enough_bytes_in_flight(name: str, dtype: str) -> None:
     spec = attention_case(name, dtype=dtype)
-    if why_not_decode(spec) is not None:  # latent; 8 bits and a head_dim of 80
-        assert spec.kv.head_dim in (80, 576)
+    if why_not_decode(spec) is not None:  # 8 bits and a head_dim of 80
+        assert spec.kv.head_dim == 80
         return
     tiles = decode_tiles(spec)
     assert tiles.num_stages >= 2
-    stage = tiles.block_kv * 2 * spec.kv.head_dim * jnp.dtype(dtype).itemsize
+    width = spec.kv.head_dim * (1 if spec.kv.kind == "latent" else 2)
+    stage = tiles.block_kv * width * jnp.dtype(dtype).itemsize
     assert tiles.blocks_per_sm * (tiles.num_stages - 1) * stage >= 64 * 1024
 
 
@@ -352,7 +432,10 @@ def test_chips_before_ampere_are_refused_by_name(kind: str, capability: str) -> 
         (make_spec(4, 1, 32, 16), "head_dim=32"),
         (make_spec(4, 1, 72, 16), "head_dim=72"),
         (make_spec(4, 1, 80, 16, jnp.int8), "head_dim=80 is not a multiple of 32"),
-        (attention_case("deepseek-v3", dtype=jnp.bfloat16), "latent"),
+        (attention_case("deepseek-v3", dtype=jnp.float32), "not float32"),
+        (attention_case("tiny-latent", dtype=jnp.bfloat16), "head_dim=24"),
+        (make_latent(4, 640, 512), "head_dim=640 is not a multiple of 16 from 64 to 576"),
+        (make_latent(4, 576, 520), "value_dim=520 is not a multiple of 16 from 64 to 512"),
     ],
 )
 def test_a_layer_it_cannot_serve_is_refused_with_the_reason(
