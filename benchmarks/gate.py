@@ -140,6 +140,7 @@ def gates() -> list[Gate]:
         *_matmul("llama-8b/gate-up", "v5e h100", slow=True, num_tokens=512),
         *_attention("llama-3.1-8b", _ALL, label=" decode", slow=True, **_DECODE),
         *_attention("llama-3.1-8b", _ALL, label=" fp8 mixed", slow=True, **_MIXED, **_FP8),
+        *_attention("deepseek-v3", "v6e h100", label=" fp8 mixed", slow=True, **_MIXED, **_FP8),
         *_attention("llama-3.1-8b", "v4 v6e l4 t4", label=" mixed", slow=True, **_MIXED),
         *_attention("llama-3.1-8b", "v5e h100", label=" one of 32k", slow=True, **_LONG),
         *_attention("llama-3.1-8b", "v5e h100", label=" pages of 128", slow=True, **_WIDE),

@@ -40,6 +40,8 @@ CHECKED = (  # the case, and the cache's type
     ("llama-3.1-8b", FP8),
     ("gemma-3-4b", FP8),
     ("llama-3.1-8b", "int8"),
+    ("deepseek-v3/tp8", "bfloat16"),
+    ("deepseek-v3", FP8),
 )
 COPY_BYTES = 4 << 30
 CACHE_BYTES = 256 << 20  # at least this much is read before any of it is read again
@@ -61,6 +63,7 @@ class Workload:
     num_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0
+    value_dim: int | None = None  # of a latent cache, whose values lie within its keys
 
     @property
     def cache_dtype(self) -> str:
@@ -79,14 +82,16 @@ class Workload:
     def kv_bytes(self) -> int:
         """Of keys and values that attention must read, once each."""
         width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(self.cache_dtype, 1)
-        token = 2 * self.num_kv_heads * self.head_dim * width
+        pair = self.head_dim if self.value_dim else 2 * self.head_dim
+        token = self.num_kv_heads * pair * width
         return token * sum(kv_len for _, kv_len in self.rows)
 
     @property
     def flops(self) -> int:
         """Of the two products, for the positions that are seen."""
         seen = sum(n * kv_len - n * (n - 1) // 2 for n, kv_len in self.rows)
-        return 4 * self.num_heads * self.head_dim * seen
+        widths = self.head_dim + (self.value_dim or self.head_dim)
+        return 2 * self.num_heads * widths * seen
 
 
 def workloads(*, smoke: bool) -> list[Workload]:
@@ -106,6 +111,7 @@ def workloads(*, smoke: bool) -> list[Workload]:
             num_heads=spec.num_heads,
             num_kv_heads=spec.kv.num_kv_heads,
             head_dim=spec.kv.head_dim,
+            value_dim=spec.kv.value_dim,
         )
 
     if smoke:
@@ -114,6 +120,7 @@ def workloads(*, smoke: bool) -> list[Workload]:
             add("decode 2", "tiny", rows),
             add("mixed", "tiny", [*rows, (30, 50)]),
             add("mixed, fp8 KV", "tiny", [*rows, (30, 50)], FP8),
+            add("mixed", "tiny-latent", [*rows, (30, 50)]),
         ]
     batches = {
         "decode 64 x 4k": [(1, 4096)] * 64,
@@ -128,7 +135,12 @@ def workloads(*, smoke: bool) -> list[Workload]:
     chosen = [add(name, case, rows) for case in cases for name, rows in batches.items()]
     narrow = ("decode 64 x 4k", "prefill 8k", "mixed 48 + 2k")
     eight_bits = [add(f"{name}, fp8 KV", cases[0], batches[name], FP8) for name in narrow]
-    return [*chosen[:4], *eight_bits, *chosen[4:]]
+    latent = [
+        add(name, case, batches[name])
+        for case in ("deepseek-v3/tp8", "deepseek-v3")
+        for name in ("decode 64 x 4k", "decode 1 x 32k", "chunk 2k after 6k")
+    ]
+    return [*chosen[:4], *eight_bits, *latent[:2], *chosen[4:], *latent[2:]]
 
 
 # What a child process does.
@@ -263,6 +275,7 @@ def _loop_seconds(attend: Callable[..., Any], state: Any, count: int) -> tuple[l
 def _paged(by: str, workload: Workload) -> tuple[Callable[..., Any], dict[str, Any], dict]:
     """Our paged attention by the chosen backend, or by XLA: (call, state, what to say of it)."""
     import jax
+    import jax.numpy as jnp
 
     from pallas_kernels.attention import paged_attention
     from pallas_kernels.backend import choose_backend
@@ -286,6 +299,8 @@ def _paged(by: str, workload: Workload) -> tuple[Callable[..., Any], dict[str, A
             backend=backend,
             sinks=state["sinks"],
         )
+        # A loop puts it into the queries: where a value is narrower than a key, with zeros behind.
+        out = jnp.pad(out, ((0, 0), (0, 0), (0, x.shape[2] - out.shape[2])))
         return out, {**state, "kv_pages": kv_pages}
 
     return attend, state, {"backend": backend.name, "refused": refused}
@@ -302,6 +317,8 @@ def _triton(workload: Workload) -> tuple[Callable[..., Any], dict[str, Any], dic
         raise NotImplementedError("it only decodes")
     if workload.kv_dtype is not None:
         raise NotImplementedError("here it reads the queries' type only")
+    if workload.value_dim is not None:
+        raise NotImplementedError("it knows no latent cache")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as triton
@@ -384,7 +401,9 @@ def _inputs(workload: Workload, spec: Any, backend: Any) -> tuple[dict[str, Any]
     state = {
         "q": normal((tokens, spec.num_heads, spec.kv.head_dim), dtype),
         "k": normal((tokens, spec.kv.num_kv_heads, spec.kv.head_dim), dtype),
-        "v": normal((tokens, spec.kv.num_kv_heads, spec.kv.head_dim), dtype),
+        "v": normal((tokens, spec.kv.num_kv_heads, spec.kv.head_dim), dtype)
+        if spec.kv.kind == "heads"
+        else None,
         "kv_pages": normal(cache.shape, cache.dtype),
         "pages": pages,
         "sinks": normal((spec.num_heads,), jnp.float32) if spec.sinks else None,

@@ -145,6 +145,7 @@ def timed_cost(
         num_heads=spec.num_heads,
         num_kv_heads=spec.kv.num_kv_heads,
         head_dim=spec.kv.head_dim,
+        value_dim=spec.kv.value_dim,
     )
     (result,) = kernels_timed.time_with_tiles(workload, {op: tried} if tried else {})
     if "us" not in result:

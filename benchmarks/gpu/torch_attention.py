@@ -38,9 +38,12 @@ class Batch:
         self.size = len(workload["rows"])
         self.heads, self.kv_heads = workload["num_heads"], workload["num_kv_heads"]
         self.head_dim = workload["head_dim"]
-        self.kv_bytes = 4 * self.size * self.kv_heads * self.kv_len * self.head_dim
+        self.value_dim = workload["value_dim"]  # of a latent cache: its values lie within its keys
+        pair = self.head_dim if self.value_dim else 2 * self.head_dim
+        self.kv_bytes = 2 * self.size * self.kv_heads * self.kv_len * pair
         seen = self.num_queries * self.kv_len - self.num_queries * (self.num_queries - 1) // 2
-        self.flops = 4 * self.size * self.heads * self.head_dim * seen
+        widths = self.head_dim + (self.value_dim or self.head_dim)
+        self.flops = 2 * self.size * self.heads * widths * seen
         self.copies = max(2, -(-CACHE_BYTES // self.kv_bytes))
         self.q = self.normal(self.size, self.heads, self.num_queries, self.head_dim)
 
@@ -50,7 +53,10 @@ class Batch:
 
     def keys_and_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         shape = (self.size, self.kv_heads, self.kv_len, self.head_dim)
-        return [(self.normal(*shape), self.normal(*shape)) for _ in range(self.copies)]
+        keys = [self.normal(*shape) for _ in range(self.copies)]
+        if self.value_dim:
+            return [(k, k[..., : self.value_dim]) for k in keys]
+        return [(k, self.normal(*shape)) for k in keys]
 
 
 def sdpa(batch: Batch) -> list[Callable[[], Any]]:
@@ -95,6 +101,8 @@ def flashinfer(batch: Batch, page_size: int) -> list[Callable[[], Any]]:
     """FlashInfer's paged decode and prefill."""
     import flashinfer as library
 
+    if batch.value_dim:
+        raise NotImplementedError("its kernels of a latent cache are not compared")
     pages_each = -(-batch.kv_len // page_size)
     num_pages = batch.size * pages_each
     shape = (num_pages, 2, page_size, batch.kv_heads, batch.head_dim)
